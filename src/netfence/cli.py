@@ -1,0 +1,5 @@
+"""The click commands; the only place that prints."""
+
+
+def main() -> None:
+    """Entry point."""
