@@ -11,6 +11,7 @@ import ctypes
 import enum
 import os
 import platform
+from pathlib import Path
 
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}[platform.machine()]
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,13 +47,27 @@ class Cmd(enum.IntEnum):
     LINK_DETACH = 34
 
 
-def call(cmd: Cmd, attr: ctypes.Array[ctypes.c_char]) -> int:
+def call(cmd: Cmd, attr: ctypes.Structure | ctypes.Array[ctypes.c_char]) -> int:
     """Run bpf(cmd, attr, sizeof attr); return its result, raise OSError with errno.
 
-    `attr` comes from ``ctypes.create_string_buffer(bytes, len)`` or ``.from_buffer`` and may be written by the kernel.
+    `attr` is a ctypes structure or buffer laid out as the command's part of `union bpf_attr`; the kernel may write to it.
     """
-    result = int(_libc.syscall(_SYSCALL_NUMBER, int(cmd), attr, ctypes.sizeof(attr)))
+    result = int(_libc.syscall(_SYSCALL_NUMBER, int(cmd), ctypes.byref(attr), ctypes.sizeof(attr)))
     if result < 0:
         errno = ctypes.get_errno()
         raise OSError(errno, f"bpf {cmd.name}: {os.strerror(errno)}")
     return result
+
+
+class _PinAttr(ctypes.Structure):
+    _fields_ = [("pathname", ctypes.c_char_p), ("bpf_fd", ctypes.c_uint32), ("file_flags", ctypes.c_uint32)]  # noqa: RUF012
+
+
+def obj_pin(fd: int, path: Path) -> None:
+    """Pin a map, program or link at `path` on a bpffs; raises OSError (EEXIST, EPERM: not a bpffs)."""
+    call(Cmd.OBJ_PIN, _PinAttr(os.fsencode(path), fd, 0))
+
+
+def obj_get(path: Path) -> int:
+    """Open what is pinned at `path`; the caller owns the descriptor (close-on-exec). Raises OSError (ENOENT)."""
+    return call(Cmd.OBJ_GET, _PinAttr(os.fsencode(path), 0, 0))

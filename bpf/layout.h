@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What the kernel and the daemon share: map keys, values, limits.
+ *
+ * The daemon never restates these: the compile child writes sizes, offsets and every NF_ constant below to layout.json
+ * (dataplane/compile.py), which therefore wants each constant as one line `#define NF_NAME number`.
+ * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. Times are jiffies (bpf_jiffies64).
+ */
+#ifndef NETFENCE_LAYOUT_H
+#define NETFENCE_LAYOUT_H
+
+#define NF_SLOTS 2048             /* attachments + 1: slot 0 means start_mode */
+#define NF_POLICIES 4096          /* one in force per slot, as many being filled or waiting for RCU */
+#define NF_DIRECT_IFINDEX 65536   /* interface indices looked up in an array; a hash beyond */
+#define NF_RULES 1048576          /* per policy and family; room for limits.MAX_CIDR_RULES */
+#define NF_LEASES_DEFAULT 262144  /* dns.max_leases_total */
+#define NF_INBOUND 131072         /* TCP connections begun from outside, all attachments */
+#define NF_INBOUND_PER_SLOT 4096  /* one attachment's share of them */
+#define NF_HOST_ADDRESSES 4096    /* addresses of this host that `allow_replies: host` knows */
+#define NF_OWN_ADDRESSES 16       /* addresses of one interface and its bridge, for neighbour discovery */
+#define NF_TTL_NESTING 4          /* limits.MAX_TTL_NESTING: expired prefixes looked through before a live one */
+#define NF_EXT_HEADERS 6          /* IPv6 extension headers; RFC 8200 4.1 knows six kinds, each once */
+#define NF_PULL_BYTES 512         /* made linear when headers are not: more than any chain we accept needs */
+
+/* `active`: bits of the one word that switches a policy. */
+#define NF_ACTIVE_MODE_SHIFT 16  /* bits 0-15: policy index; 16-23: mode */
+#define NF_ACTIVE_RULES4 16777216   /* bit 24: the policy has IPv4 rules */
+#define NF_ACTIVE_RULES6 33554432   /* bit 25: … IPv6 rules */
+#define NF_ACTIVE_LEASES 67108864   /* bit 26: the slot may have leases */
+#define NF_ACTIVE_AUDIT 134217728   /* bit 27: count, do not drop */
+#define NF_ACTIVE_START 268435456   /* bit 28: no policy yet: start_mode */
+
+/* `flags`: what does not change with the policy. */
+#define NF_FLAG_L3 1            /* no Ethernet header (tun, wireguard) */
+#define NF_FLAG_CGROUP 2        /* the target is a cgroup */
+#define NF_FLAG_HOST 4          /* host direction: the daemon's own traffic passes */
+#define NF_FLAG_DHCP 8          /* enforcement.allow_dhcp */
+#define NF_FLAG_LINK_LOCAL 16   /* enforcement.allow_link_local */
+#define NF_FLAG_REPLIES 32      /* enforcement.allow_replies is not off */
+#define NF_FLAG_REPLIES_ANY 64  /* … is any */
+
+#define NF_NO_SHORTER 255
+
+struct address {
+    __u32 word[4];
+};
+
+/* One entry per slot. Written by user space only, through mmap; `active` in one aligned 8-byte store. */
+struct config {
+    __u64 active;
+    __u64 established_idle; /* jiffies */
+    __u64 established_max;  /* jiffies */
+    __u64 handshake_idle;   /* jiffies an unanswered or closing inbound connection lives */
+    __u64 daemon_cgroup;    /* cgroup id of the daemon, NF_FLAG_HOST */
+    struct address dns_address;
+    __u16 dns_port;      /* network order */
+    __u16 dns_port_low;  /* host order; every attachment's DNS port lies in low … high, or is 53 */
+    __u16 dns_port_high; /* host order */
+    __u16 own_count;
+    __u32 flags;
+    __u32 pad;
+    struct address own[NF_OWN_ADDRESSES];
+};
+
+struct rule_key4 {
+    __u32 length;
+    __u32 address;
+};
+
+struct rule_key6 {
+    __u32 length;
+    struct address address;
+};
+
+/* Expiries: 0 = not in that list, ~0 = for ever, else live while > now. */
+struct rule {
+    __u64 allow;
+    __u64 deny;
+    __u8 length;  /* of this prefix */
+    __u8 shorter; /* next shorter prefix that covers this one, where this one can expire; else NF_NO_SHORTER */
+    __u8 pad[6];
+};
+
+struct lease_key {
+    __u32 slot;
+    struct address address;
+};
+
+struct lease {
+    __u64 expiry;
+    __u64 last_use; /* of TCP; 0 = never */
+};
+
+/* A TCP connection begun from outside, as the workload's answers name it. */
+struct inbound_key {
+    __u32 slot;
+    struct address peer;
+    struct address own;
+    __u16 peer_port; /* network order */
+    __u16 own_port;  /* network order */
+};
+
+#define NF_INBOUND_SYN 0 /* the workload has not answered with more than SYN+ACK */
+#define NF_INBOUND_OPEN 1
+#define NF_INBOUND_CLOSING 2 /* FIN or RST seen */
+
+struct inbound {
+    __u64 last_use;
+    __u64 state;
+};
+
+/* Entries in use = added - removed; the kernel only adds, user space only removes, so neither needs a lock. */
+struct inbound_count {
+    __u32 added;
+    __u32 removed;
+};
+
+struct endpoint {
+    struct address address;
+    __u32 port; /* network order in the low 16 bits, as struct config.dns_port */
+};
+
+struct counters {
+    __u64 packets[32]; /* by REASON_ */
+    __u64 bytes[32];
+    __u64 would_packets[32]; /* audit mode: by the reason that would have dropped */
+    __u64 would_bytes[32];
+};
+
+#endif

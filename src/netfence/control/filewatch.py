@@ -1,0 +1,118 @@
+"""Tells when a file may have changed, by inotify on the directories it lives in.
+
+Watching the directory sees what editors and configuration tools do: write a new file and rename it over the old one.
+For a symbolic link the directory of what it points to is watched too. When a directory itself goes away, watching
+begins again as soon as it is back. Knows nothing of what is in the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x8, 0x40, 0x80
+IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
+IN_Q_OVERFLOW, IN_IGNORED, IN_ONLYDIR = 0x4000, 0x8000, 0x1000000
+INTEREST = IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
+
+HEADER = struct.Struct("iIII")  # struct inotify_event without the name: wd, mask, cookie, len
+
+SETTLE_S = 0.05  # writers that rename several files in a row are waited for this long
+REARM_S = 1.0  # how often a directory that is gone is looked for
+
+Signature = tuple[int, int, int, int, int] | None
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class FileWatch:
+    """Watches one path; make it on the running loop, `close` it after use. Raises OSError when inotify has no room."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(os.path.abspath(path))
+        self._fd = _call(_libc.inotify_init1, os.O_NONBLOCK | os.O_CLOEXEC)
+        self._event = asyncio.Event()
+        self._directories: set[str] = set()
+        self._armed = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._fd, self._read)
+        self._arm()
+        self._seen = self._signature()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    async def changed(self) -> None:
+        """Return when the file differs from when this was last called: other content, replaced, removed or back."""
+        while True:
+            try:
+                async with asyncio.timeout(None if self._armed else REARM_S):
+                    await self._event.wait()
+            except TimeoutError:
+                pass
+            self._event.clear()
+            await asyncio.sleep(SETTLE_S)
+            self._arm()
+            now = self._signature()
+            if now != self._seen:
+                self._seen = now
+                return
+
+    def _arm(self) -> None:
+        """Watch the directory of the path and, for a symbolic link, the directory of its target."""
+        wanted = {os.path.dirname(self._path), os.path.dirname(os.path.realpath(self._path))}
+        for directory in wanted - self._directories:
+            try:
+                _call(_libc.inotify_add_watch, self._fd, os.fsencode(directory), INTEREST | IN_ONLYDIR)
+            except OSError:
+                continue
+            self._directories.add(directory)
+        self._armed = wanted <= self._directories
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return
+        offset = 0
+        while offset < len(data):
+            _, mask, _, length = HEADER.unpack_from(data, offset)
+            offset += HEADER.size + length
+            if mask & (IN_IGNORED | IN_MOVE_SELF | IN_Q_OVERFLOW):
+                self._forget()
+            # A file just created is not written yet; IN_CLOSE_WRITE follows. A link is complete at once.
+            if not mask & IN_CREATE or self._path.is_symlink() or self._linked():
+                self._event.set()
+
+    def _forget(self) -> None:
+        """Begin again: some directory is not what we watch any more. Adding a watch twice is harmless."""
+        self._directories.clear()
+        self._armed = False
+
+    def _linked(self) -> bool:
+        try:
+            return os.stat(self._path).st_nlink > 1
+        except OSError:
+            return False
+
+    def _signature(self) -> Signature:
+        try:
+            info = os.stat(self._path)
+        except OSError:
+            return None
+        return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> int:
+    result = int(function(*arguments))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

@@ -1,0 +1,306 @@
+"""What an upstream's answer says, independent of any policy: scanned once, shared by every attachment that asks.
+
+`scan` reads a whole upstream message, bounds-checked, and notes what the policy and the relay need: the names that the
+chain passes through, the addresses linked to the question, which addresses are special, where the TTLs stand, how
+long it may be cached. It judges nothing. Sources: RFC 1035, RFC 2181 section 8 (TTLs), RFC 2308 (negative answers),
+RFC 9460 (SVCB and HTTPS).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from netfence.dns.limits import MAX_CHAIN, MAX_NEGATIVE_S, MAX_RECORDS
+from netfence.dns.wire import (
+    AAAA,
+    AD,
+    CNAME,
+    HEADER,
+    HEADER_LEN,
+    HTTPS,
+    IN,
+    NOERROR,
+    NXDOMAIN,
+    OPT,
+    QR,
+    RECORD,
+    RECORD_LEN,
+    SOA,
+    SVCB,
+    TC,
+    A,
+    WireError,
+    read_name,
+)
+from netfence.policy.special import is_special
+
+IPV4HINT: Final = 4
+IPV6HINT: Final = 6
+HINT_LENGTH: Final = {IPV4HINT: 4, IPV6HINT: 16}
+MAPPED: Final = b"\0" * 10 + b"\xff\xff"
+_SHORTS = struct.Struct("!HH")
+_LONG = struct.Struct("!I")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An upstream's answer to one question.
+
+    `raw` is the message; its records without OPT are ``raw[start:end]`` with `counts` in the three sections (`end` is
+    0 when an OPT record stands in front of others and the message cannot be relayed as it is). `ttls` holds the offset
+    in `raw` and the value of every TTL in that stretch. `chain` holds the names that the question leads to (CNAME
+    targets, SVCB target names), without the question's own. `addresses` are the packed addresses of the question's type (or hints)
+    at a linked name, `ttl_s` the least TTL on the way to them. `special` are all special-purpose addresses anywhere in
+    the message. `life_s` is how long it may be cached, 0 for not at all. `received` is the monotonic time of arrival.
+    """
+
+    raw: bytes
+    rcode: int
+    authentic: bool
+    truncated: bool
+    start: int
+    end: int
+    counts: tuple[int, int, int]
+    ttls: tuple[tuple[int, int], ...]
+    chain: tuple[str, ...]
+    addresses: tuple[bytes, ...]
+    special: frozenset[bytes]
+    ttl_s: int
+    life_s: float
+    received: float
+
+
+def scan(data: bytes, question_len: int, name: str, qtype: int, received: float) -> Answer:
+    """Scan the response `data` to the question (`name`, `qtype`) whose wire form takes `question_len` octets.
+
+    The caller has compared id and question. Raises WireError for anything that is not a whole, consistent message.
+    """
+    if len(data) < HEADER_LEN + question_len:
+        raise WireError("shorter than its question")
+    _, flags, questions, answers, authorities, extras = HEADER.unpack_from(data)
+    if not flags & QR or flags & 0x7800 or questions != 1:
+        raise WireError("not a response to one question")
+    scanner = _Scanner(data, HEADER_LEN + question_len, name, qtype)
+    if flags & TC:
+        # Cut somewhere: nothing in it is used, it only says "ask over TCP".
+        return scanner.finish(flags, (0, 0, 0), received)
+    if answers + authorities + extras > MAX_RECORDS:
+        raise WireError("too many records")
+    scanner.read(answers, authorities, extras)
+    return scanner.finish(flags, (answers, authorities, extras), received)
+
+
+class _Scanner:
+    """The state of one `scan`."""
+
+    def __init__(self, data: bytes, offset: int, name: str, qtype: int) -> None:
+        self._data = data
+        self._start = self._offset = offset
+        self._name = name
+        self._qtype = qtype
+        self._names: dict[int, str] = {HEADER_LEN: name}  # text of names by offset: owners are mostly the same pointer
+        self._cnames: dict[str, tuple[str, int]] = {}  # owner: target, TTL
+        self._found: list[tuple[str, int, tuple[bytes, ...], str]] = []  # owner, TTL, addresses, SVCB target
+        self._ttls: list[tuple[int, int]] = []
+        self._special: set[bytes] = set()
+        self._soa_s: int | None = None
+        self._answer_ttl: int | None = None
+        self._opt_at = -1
+        self._opt_rcode = 0
+
+    def read(self, answers: int, authorities: int, extras: int) -> None:
+        """Read all sections; what is left over after them is garbage."""
+        for _ in range(answers):
+            self._record(answer=True, extra=False)
+        for _ in range(authorities):
+            self._record(answer=False, extra=False)
+        for _ in range(extras):
+            self._record(answer=False, extra=True)
+        if self._offset != len(self._data):
+            raise WireError("octets after the last record")
+
+    def _owner(self) -> tuple[str, int]:
+        """Read the owner name at the cursor; return it and the offset after it."""
+        data, offset = self._data, self._offset
+        if offset + 2 <= len(data) and data[offset] >= 192:
+            target = (data[offset] & 0x3F) << 8 | data[offset + 1]
+            if (name := self._names.get(target)) is None:
+                name, _ = read_name(data, offset)
+                self._names[target] = name
+            return name, offset + 2
+        return read_name(data, offset)
+
+    def _record(self, *, answer: bool, extra: bool) -> None:
+        data, begin = self._data, self._offset
+        owner, offset = self._owner()
+        rdata = offset + RECORD_LEN
+        if rdata > len(data):
+            raise WireError("record cut short")
+        rtype, rclass, ttl, length = RECORD.unpack_from(data, offset)
+        end = rdata + length
+        if end > len(data):
+            raise WireError("RDATA runs past the end")
+        self._offset = end
+        if rtype == OPT:
+            if not extra or self._opt_at >= 0 or owner:
+                raise WireError("OPT in the wrong place")
+            self._opt_at = begin
+            self._opt_rcode = ttl >> 24
+            return
+        if ttl & 0x80000000:
+            ttl = 0
+        self._ttls.append((offset + 4, ttl))
+        if answer and (self._answer_ttl is None or ttl < self._answer_ttl):
+            self._answer_ttl = ttl
+        if rclass == IN:
+            self._data_of(owner, rtype, ttl, rdata, end, answer=answer)
+
+    def _data_of(self, owner: str, rtype: int, ttl: int, rdata: int, end: int, *, answer: bool) -> None:
+        """Note what the RDATA of an IN record means for us."""
+        data = self._data
+        if rtype == A or rtype == AAAA:
+            if end - rdata != (4 if rtype == A else 16):
+                raise WireError("address of the wrong length")
+            self._address(owner, rtype, ttl, (normal(data[rdata:end]),), "", answer=answer)
+        elif rtype == CNAME:
+            target, after = read_name(data, rdata)
+            if after != end:
+                raise WireError("CNAME of the wrong length")
+            if answer and self._cnames.setdefault(owner, (target, ttl))[0] != target:
+                raise WireError("two CNAMEs for one name")
+        elif rtype == SVCB or rtype == HTTPS:
+            target, hints = read_svcb(data[rdata:end])
+            self._address(owner, rtype, ttl, hints, target, answer=answer)
+        elif rtype == SOA and not answer:
+            if end - rdata < 22:
+                raise WireError("SOA too short")
+            (minimum,) = _LONG.unpack_from(data, end - 4)
+            self._soa_s = min(ttl, minimum)
+
+    def _address(
+        self, owner: str, rtype: int, ttl: int, addresses: tuple[bytes, ...], target: str, *, answer: bool
+    ) -> None:
+        self._special.update(filter(is_special, addresses))
+        if answer and rtype == self._qtype:
+            self._found.append((owner, ttl, addresses, target))
+
+    def finish(self, flags: int, counts: tuple[int, int, int], received: float) -> Answer:
+        """Follow the chain and make the value."""
+        rcode = flags & 15 | self._opt_rcode << 4
+        chain, linked, least = self._follow()
+        addresses: dict[bytes, None] = {}
+        matched = False
+        targets: list[str] = []
+        for owner, ttl, found, target in self._found:
+            if owner in linked:
+                matched = True
+                least = min(least, ttl)
+                addresses.update(dict.fromkeys(found))
+                if target:
+                    targets.append(target)
+        end, counts = self._relayed(counts)
+        return Answer(
+            raw=self._data,
+            rcode=rcode,
+            authentic=bool(flags & AD),
+            truncated=bool(flags & TC),
+            start=self._start,
+            end=end,
+            counts=counts,
+            ttls=tuple(self._ttls),
+            chain=(*chain, *targets),
+            addresses=tuple(addresses),
+            special=frozenset(self._special),
+            ttl_s=least,
+            life_s=self._life(rcode, truncated=bool(flags & TC), positive=matched or self._has_other(counts)),
+            received=received,
+        )
+
+    def _has_other(self, counts: tuple[int, int, int]) -> bool:
+        """Tell whether the answer section holds more than the chain: records of a type that we do not look into."""
+        return counts[0] > len(self._cnames) or self._qtype == CNAME
+
+    def _follow(self) -> tuple[list[str], set[str], int]:
+        """Return the chain's names after the question's, all its names as a set, and the least TTL on it."""
+        chain: list[str] = []
+        linked = {self._name}
+        least = 0x7FFFFFFF
+        name = self._name
+        while (step := self._cnames.get(name)) is not None:
+            name, ttl = step
+            if name in linked or len(chain) == MAX_CHAIN:
+                raise WireError("CNAME chain loops or is too long")
+            chain.append(name)
+            linked.add(name)
+            least = min(least, ttl)
+        return chain, linked, least
+
+    def _relayed(self, counts: tuple[int, int, int]) -> tuple[int, tuple[int, int, int]]:
+        """Return where the records without OPT end (0: cannot be cut out) and their counts."""
+        if self._opt_at < 0:
+            return self._offset, counts
+        after = self._opt_at + 1 + RECORD_LEN + _SHORTS.unpack_from(self._data, self._opt_at + 7)[1]
+        end = self._opt_at if after == len(self._data) else 0
+        return end, (counts[0], counts[1], counts[2] - 1)
+
+    def _life(self, rcode: int, *, truncated: bool, positive: bool) -> float:
+        """Return how many seconds the answer may be cached."""
+        if truncated or rcode not in (NOERROR, NXDOMAIN):
+            return 0.0
+        if rcode == NOERROR and positive:
+            return float(self._answer_ttl or 0)
+        if self._soa_s is None or self._soa_s & 0x80000000:
+            return 0.0
+        negative = min(float(self._soa_s), MAX_NEGATIVE_S)
+        return negative if self._answer_ttl is None else min(negative, float(self._answer_ttl))
+
+
+def normal(address: bytes) -> bytes:
+    """Return the packed address with IPv4-mapped IPv6 in its 4-byte form."""
+    return address[12:] if len(address) == 16 and address.startswith(MAPPED) else address
+
+
+def read_svcb(rdata: bytes) -> tuple[str, tuple[bytes, ...]]:
+    """Return the target name (``""`` for the owner itself) and the address hints of an SVCB or HTTPS record's RDATA.
+
+    Raises WireError when it is malformed (a compressed target or a hint of the wrong length included).
+    """
+    _, _, after = svcb_head(rdata)
+    target, end = read_name(rdata, 2)
+    if end != after:
+        raise WireError("compressed SVCB target")
+    hints: list[bytes] = []
+    for key, value in svcb_params(rdata, after):
+        if size := HINT_LENGTH.get(key):
+            hints += [normal(value[i : i + size]) for i in range(0, len(value), size)]
+    return target, tuple(hints)
+
+
+def svcb_head(rdata: bytes) -> tuple[int, bytes, int]:
+    """Return priority, target name in wire form and the offset of the parameters."""
+    offset = 2
+    try:
+        while length := rdata[offset]:
+            if length > 63:
+                raise WireError("compressed SVCB target")
+            offset += length + 1
+    except IndexError:
+        raise WireError("SVCB record cut short") from None
+    offset += 1
+    return rdata[0] << 8 | rdata[1], rdata[2:offset], offset
+
+
+def svcb_params(rdata: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Yield key and value of the service parameters from `offset` on; hints are whole addresses."""
+    while offset < len(rdata):
+        if offset + 4 > len(rdata):
+            raise WireError("service parameter cut short")
+        key, length = _SHORTS.unpack_from(rdata, offset)
+        value = rdata[offset + 4 : offset + 4 + length]
+        if len(value) != length or (key in HINT_LENGTH and (not value or length % HINT_LENGTH[key])):
+            raise WireError("service parameter of the wrong length")
+        yield key, value
+        offset += 4 + length

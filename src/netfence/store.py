@@ -1,0 +1,278 @@
+"""What survives the daemon: attachments with their policies, and the daemon's id, in SQLite.
+
+Owns `data_dir`: its permissions, the lock that keeps a second daemon out, the schema and its version. All work on the
+database happens in one thread, away from the event loop, in small transactions. It knows nothing of kernel or network;
+policies are text to it (see `policy_codec`).
+
+Durability: a row is written first when the hook is in place (`reserve`, no fsync: the pins it describes do not survive
+a power cut either) and made durable with the first policy (`save`, fsync before it returns). After that every policy
+change is durable before it is acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import sqlite3
+import stat
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from netfence.errors import NetfenceError, PreconditionError
+
+SCHEMA_VERSION = 1  # PRAGMA user_version; raise it with every change of SCHEMA and write the migration
+DATABASE = "state.db"
+LOCK = "state.lock"
+BUSY_S = 5.0  # how long a write waits for a human's sqlite3 shell; nobody else writes
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS daemon (
+  id TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS attachments (
+  id TEXT PRIMARY KEY,
+  slot INTEGER NOT NULL UNIQUE,
+  kind TEXT NOT NULL,            -- interface | cgroup
+  name TEXT NOT NULL,            -- interface name or cgroup path
+  identity TEXT NOT NULL,        -- what tells this target from a later one of the same name
+  link_kind TEXT NOT NULL,       -- kind of interface ("" for cgroups), for the look-up after a reboot
+  direction TEXT NOT NULL,       -- workload | host
+  hook TEXT NOT NULL,            -- tc | xdp
+  mechanism TEXT NOT NULL,       -- tcx | clsact | cgroup-link | ...
+  metadata TEXT NOT NULL,        -- JSON object
+  dns_host TEXT NOT NULL,
+  dns_port INTEGER NOT NULL,
+  attached_at REAL NOT NULL,     -- seconds since the epoch
+  policy TEXT,                   -- see policy_codec; NULL until the first policy was acknowledged
+  policy_version TEXT NOT NULL,
+  dns_allowed INTEGER NOT NULL,
+  dns_blocked INTEGER NOT NULL
+) STRICT;
+"""
+
+COLUMNS = (
+    "id, slot, kind, name, identity, link_kind, direction, hook, mechanism, metadata, dns_host, dns_port,"
+    " attached_at, policy, policy_version, dns_allowed, dns_blocked"
+)
+_MARKS = ", ".join("?" for _ in COLUMNS.split(","))
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One attachment as it is stored; `policy` is None until its first policy was in force (see `Store.save`)."""
+
+    id: str
+    slot: int
+    kind: str
+    name: str
+    identity: str
+    link_kind: str
+    direction: str
+    hook: str
+    mechanism: str
+    dns_host: str
+    dns_port: int
+    attached_at: float
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    policy: str | None = None
+    policy_version: str = ""
+    dns_allowed: int = 0
+    dns_blocked: int = 0
+
+
+class Store:
+    """The state of one daemon. Open it with `Store.open`; every method may raise NetfenceError naming the file."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock_fd: int, pool: ThreadPoolExecutor) -> None:
+        self._path = path
+        self._connection = connection
+        self._lock_fd = lock_fd
+        self._pool = pool
+        self.daemon_id = ""
+
+    @classmethod
+    def open(cls, data_dir: Path) -> Store:
+        """Create or open the state in `data_dir`. Blocks; call it before the loop does anything else.
+
+        Raises PreconditionError when the directory is not ours alone, another daemon holds it, or the schema is of
+        another version.
+        """
+        _own_directory(data_dir)
+        lock_fd = _lock(data_dir)
+        path = data_dir / DATABASE
+        pool = ThreadPoolExecutor(1, thread_name_prefix="netfence-store")
+        try:
+            store = pool.submit(_connect, path).result()
+            self = cls(path, store[0], lock_fd, pool)
+            self.daemon_id = store[1]
+        except sqlite3.Error as error:
+            pool.shutdown()
+            os.close(lock_fd)
+            raise PreconditionError(f"open state {path}: {error}; move the file away to start without state") from error
+        except BaseException:
+            pool.shutdown()
+            os.close(lock_fd)
+            raise
+        return self
+
+    async def load(self) -> list[Row]:
+        """Return every stored attachment, oldest first."""
+        return await self._run("load", _load)
+
+    async def reserve(self, row: Row) -> None:
+        """Insert an attachment whose hook is in place; survives our death, not a power cut (see the module)."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(f"INSERT INTO attachments ({COLUMNS}) VALUES ({_MARKS})", _values(row))
+
+        await self._run("reserve", work, durable=False)
+
+    async def save(
+        self, attachment_id: str, encode: Callable[[], str], version: str, queries: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Store a policy, its version and the query counters (allowed, blocked); durable when it returns.
+
+        `encode` makes the text and runs in the store's thread, because a large policy takes a tenth of a second.
+        """
+
+        text = await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+
+        def work(connection: sqlite3.Connection) -> None:
+            done = connection.execute(
+                "UPDATE attachments SET policy=?, policy_version=?, dns_allowed=?, dns_blocked=? WHERE id=?",
+                (text, version, *queries, attachment_id),
+            )
+            if done.rowcount != 1:
+                raise NetfenceError(f"store policy of {attachment_id}: no such attachment in {self._path}")
+
+        await self._run("save", work)
+
+    async def save_counters(self, counters: Mapping[str, tuple[int, int]]) -> None:
+        """Store query counters (allowed, blocked) by attachment id; no fsync."""
+        rows = [(allowed, blocked, name) for name, (allowed, blocked) in counters.items()]
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.executemany("UPDATE attachments SET dns_allowed=?, dns_blocked=? WHERE id=?", rows)
+
+        await self._run("save_counters", work, durable=False)
+
+    async def move(self, attachment_id: str, name: str) -> None:
+        """Store the new name of a renamed interface."""
+        await self._run("move", lambda db: db.execute("UPDATE attachments SET name=? WHERE id=?", (name, attachment_id)))
+
+    async def remove(self, attachment_id: str) -> None:
+        """Delete an attachment; one that is not there is no error."""
+        await self._run("remove", lambda db: db.execute("DELETE FROM attachments WHERE id=?", (attachment_id,)))
+
+    async def close(self) -> None:
+        """Close the database and let go of the directory. Idempotent."""
+        if self._lock_fd < 0:
+            return
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._connection.close)
+        self._pool.shutdown()
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+    async def _run(self, what: str, work: Callable[[sqlite3.Connection], T], *, durable: bool = True) -> T:
+        def transaction() -> T:
+            try:
+                # The level cannot change inside a transaction.
+                self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    result = work(self._connection)
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise NetfenceError(f"{what} state in {self._path}: {error}; free disk space or check the disk") from error
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, transaction)
+
+
+def _own_directory(data_dir: Path) -> None:
+    """Create the directory 0700, or refuse one that others may write."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = data_dir.stat()
+    except OSError as error:
+        raise PreconditionError(f"open data_dir {data_dir}: {error.strerror}; set data_dir to a writable path") from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise PreconditionError(f"open data_dir {data_dir}: not a directory; set data_dir to a directory")
+    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        raise PreconditionError(
+            f"open data_dir {data_dir}: others may write it (owner {info.st_uid}, mode {info.st_mode & 0o7777:04o});"
+            f" run chown {os.geteuid()} and chmod 0700 on it"
+        )
+
+
+def _lock(data_dir: Path) -> int:
+    path = data_dir / LOCK
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise PreconditionError(f"lock {path}: {error.strerror}; check the directory's permissions") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise PreconditionError(
+            f"lock {path}: another netfenced uses this data_dir; stop it or set another data_dir"
+        ) from error
+    return fd
+
+
+def _connect(path: Path) -> tuple[sqlite3.Connection, str]:
+    """Open the database in this thread; return it and the daemon id."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA trusted_schema=OFF")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, SCHEMA_VERSION):
+            raise PreconditionError(
+                f"open state {path}: schema version {version}, this netfenced reads {SCHEMA_VERSION};"
+                " run the version that wrote it, or move the file away to start without state"
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        if (row := connection.execute("SELECT id FROM daemon").fetchone()) is None:
+            row = (str(uuid.uuid4()),)
+            connection.execute("INSERT INTO daemon VALUES (?)", row)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection, str(row[0])
+
+
+def _load(connection: sqlite3.Connection) -> list[Row]:
+    names = [name.strip() for name in COLUMNS.split(",")]
+    rows = connection.execute(f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id").fetchall()
+    found = []
+    for values in rows:
+        data = dict(zip(names, values, strict=True))
+        metadata = json.loads(data.pop("metadata"))
+        found.append(replace(Row(**data), metadata=metadata))
+    return found
+
+
+def _values(row: Row) -> tuple[object, ...]:
+    metadata = json.dumps(dict(row.metadata), sort_keys=True)
+    data = {name: getattr(row, name) for name in Row.__dataclass_fields__} | {"metadata": metadata}
+    return tuple(data[name.strip()] for name in COLUMNS.split(","))
