@@ -38,8 +38,6 @@
 #define NF_FLAG_REPLIES 32      /* enforcement.allow_replies is not off */
 #define NF_FLAG_REPLIES_ANY 64  /* … is any */
 
-#define NF_NO_SHORTER 255
-
 struct address {
     __u32 word[4];
 };
@@ -75,9 +73,7 @@ struct rule_key6 {
 struct rule {
     __u64 allow;
     __u64 deny;
-    __u8 length;  /* of this prefix */
-    __u8 shorter; /* next shorter prefix that covers this one, where this one can expire; else NF_NO_SHORTER */
-    __u8 pad[6];
+    __u64 length; /* of this prefix, in bits: an expired one is passed over by asking for length - 1 */
 };
 
 struct lease_key {

@@ -67,8 +67,8 @@ static __always_inline void count(__u64 slot, int reason, int would, __u64 packe
 
 /* The longest live prefix that covers the destination: REASON_ALLOW_RULE or REASON_DENY_RULE and its length, or NONE.
  *
- * An expired long prefix hides a live shorter one in the trie, so the entry names the next shorter length to ask for.
- * User space bounds such chains (NF_TTL_NESTING); one that is longer all the same denies.
+ * An expired long prefix hides a live shorter one in the trie, so on an expired entry the trie is asked again, one bit
+ * shorter. User space bounds such chains (NF_TTL_NESTING); one that is longer all the same denies.
  */
 static __always_inline int rule_lookup(const struct packet *packet, __u64 active, __u64 now, __u8 *length)
 {
@@ -104,10 +104,10 @@ static __always_inline int rule_lookup(const struct packet *packet, __u64 active
             return REASON_DENY_RULE;
         if (rule->allow > now)
             return REASON_ALLOW_RULE;
-        if (rule->shorter == NF_NO_SHORTER)
+        if (rule->length == 0)
             return NONE;
-        key4.length = rule->shorter;
-        key6.length = rule->shorter;
+        key4.length = rule->length - 1;
+        key6.length = rule->length - 1;
     }
     return REASON_DENY_RULE;
 }

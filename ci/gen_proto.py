@@ -4,9 +4,9 @@
     .venv/bin/python ci/gen_proto.py            write what differs
     .venv/bin/python ci/gen_proto.py --check    write nothing; exit 1 naming every file that would change
 
-Both fail, naming every place, if an element of the contract has no comment. The output depends on the proto files and on
-the version of grpcio-tools alone, which pyproject.toml pins. protoc writes no types for the gRPC stubs, so this script
-writes those itself (`stub_types`), from the descriptors.
+Both fail, naming every place, if an element of the contract has no comment. The output depends on the proto files and
+on the version of grpcio-tools alone, which pyproject.toml pins. protoc writes no types for the gRPC stubs, so this
+script writes those itself (`stub_types`), from the descriptors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 
 from google.protobuf import descriptor_pb2
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]  # nobody publishes types for it
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
@@ -51,7 +51,8 @@ def generate(names: list[str], scratch: Path) -> tuple[dict[str, str], list[desc
     """Compile the named proto files; return generated texts by file name, and the descriptors with their comments."""
     well_known = str(resources.files("grpc_tools") / "_proto")
     described = scratch / "contract.binpb"
-    arguments = ["protoc", f"-I{PROTO}", f"-I{well_known}", "--include_source_info", f"--descriptor_set_out={described}"]
+    arguments = ["protoc", f"-I{PROTO}", f"-I{well_known}", "--include_source_info"]
+    arguments += [f"--descriptor_set_out={described}"]
     arguments += [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]
     if protoc.main([*arguments, *names]) != 0:
         sys.exit("gen_proto: protoc failed; its message is above")
@@ -150,13 +151,18 @@ def stub_types(file: descriptor_pb2.FileDescriptorProto) -> str:
 
     body: list[str] = []
     for service in file.service:
-        sync = [f"class {service.name}Stub:", "    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ..."]
-        # For type checkers only, as `cast("XAsyncStub", XStub(channel))`: at run time one class serves both kinds of channel.
+        sync = [
+            f"class {service.name}Stub:",
+            "    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...",
+        ]
+        # For type checkers, in cast("XAsyncStub", XStub(channel)): at run time one class serves both kinds of channel.
         aio = [f"class {service.name}AsyncStub:"]
         servicer = [f"class {service.name}Servicer:"]
         for method in service.method:
             request, response = python(method.input_type), python(method.output_type)
-            shape = "".join("Stream" if many else "Unary" for many in (method.client_streaming, method.server_streaming))
+            shape = "".join(
+                "Stream" if many else "Unary" for many in (method.client_streaming, method.server_streaming)
+            )
             sync.append(f"    {method.name}: grpc.{shape}MultiCallable[{request}, {response}]")
             aio.append(f"    {method.name}: grpc.aio.{shape}MultiCallable[{request}, {response}]")
             given = f"AsyncIterator[{request}]" if method.client_streaming else request

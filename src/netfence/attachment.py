@@ -1,7 +1,7 @@
 """One attachment while it lives: the only writer of its policy, and the gate of its DNS server.
 
-Commands run one after the other under a lock: new policy from the old one, switch in the kernel, holds of names that are
-no longer allowed dropped, their leases closed, policy stored, acknowledged. Order and failures are chosen so that
+Commands run one after the other under a lock: new policy from the old one, switch in the kernel, holds of names that
+are no longer allowed dropped, their leases closed, policy stored, acknowledged. Order and failures are chosen so that
 nothing opens:
 
 - a refused command changes nothing, neither here nor in the kernel;
@@ -26,17 +26,16 @@ import structlog
 
 from netfence import policy_codec
 from netfence.control.port import AttachmentView, ControlPort
-from netfence.dns.server import ProxyAnswer
-from netfence.errors import NetfenceError, NotFoundError, PreconditionError
+from netfence.dns.gate import ProxyAnswer
+from netfence.errors import ExhaustedError, NetfenceError, NotFoundError, PreconditionError
 from netfence.policy.commands import BulkUpdate, Command, apply
-from netfence.policy.leases import LeaseBook, lease_expiry
+from netfence.policy.leases import PROXY, LeaseBook, lease_expiry
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
 from netfence.store import Row
 from netfence.tasks import finish
 
-PROXY = "proxy"  # holder of leases the control plane decided; no name is called so: names there have no upper bound rule
-UNKNOWN = "?"  # holder of leases found in the kernel after a restart; not a valid name
+UNKNOWN = "\0unknown"  # holder of leases found in the kernel after a restart; no name reads like this
 BULK = 500  # rules from which a command is worth a thread: below, the thread costs more than the work
 CHUNK = 512  # kernel deletes in one go on the event loop, about 1 ms
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
@@ -47,10 +46,21 @@ log = structlog.get_logger(__name__)
 class Kernel(Protocol):
     """What an attachment needs of the data plane; see `netfence.dataplane.plane.DataPlane`."""
 
-    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None: ...
-    def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None: ...
-    def close_leases(self, slot: int, addresses: Iterable[bytes]) -> None: ...
-    async def sweep(self, slot: int) -> set[bytes]: ...
+    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
+        """Switch the slot to `policy` between two packets, or raise with `old` still in force."""
+        ...
+
+    def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
+        """Open all of these packed addresses until `expiry`, or raise with none of the new ones open."""
+        ...
+
+    def close_leases(self, slot: int, addresses: Iterable[bytes]) -> None:
+        """Close these packed addresses."""
+        ...
+
+    async def sweep(self, slot: int) -> set[bytes]:
+        """Remove leases that pass nothing any more and return their packed addresses."""
+        ...
 
 
 class Saver(Protocol):
@@ -58,7 +68,9 @@ class Saver(Protocol):
 
     async def save(
         self, attachment_id: str, encode: Callable[[], str], version: str, queries: tuple[int, int] = (0, 0)
-    ) -> None: ...
+    ) -> None:
+        """Store policy, version and query counters durably, or raise NetfenceError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +103,7 @@ class Attachment:
     ) -> None:
         self.row = row
         self.active = False  # the first policy is in force and stored
+        self.policy_hash = policy.hash()
         self._policy = policy
         self._in_kernel: Policy | None = None
         self._generation = 0
@@ -98,7 +111,8 @@ class Attachment:
         self._leases = LeaseBook()
         self._lock = asyncio.Lock()
         self._closed = False
-        self._complained = float("-inf")
+        self._complaint = self._audit_complaint = 0.0  # when the next one may be logged
+        self.audited_names = 0
         self.queries_allowed, self.queries_blocked = row.dns_allowed, row.dns_blocked
         self.refused_leases = 0
         self.log = log.bind(attachment=row.id, target=row.name)
@@ -115,7 +129,7 @@ class Attachment:
         """Return a number that changes with every command: answers kept under another one are void."""
         return self._generation
 
-    def note_query(self, allowed: bool) -> None:  # noqa: FBT001 - the Gate protocol's
+    def note_query(self, allowed: bool) -> None:
         """Count a query."""
         if allowed:
             self.queries_allowed += 1
@@ -137,8 +151,7 @@ class Attachment:
         book = self._leases
         try:
             self._make_room(addresses, now)
-            # Renewals never shorten what another name with a longer TTL was promised.
-            self._kernel.open_leases(self.row.slot, addresses, expiry)
+            self._kernel.open_leases(self.row.slot, addresses, expiry)  # renewals never shorten, there as here
         except NetfenceError as error:
             self.refused_leases += 1
             self._kernel.close_leases(self.row.slot, [address for address in addresses if address not in book])
@@ -149,8 +162,16 @@ class Attachment:
 
     async def ask_control_plane(self, name: str, qtype: str) -> ProxyAnswer:
         """Ask about one name in DNS mode `proxy`. Raises UnavailableError or DeadlineError."""
-        decision = await self._control.query_dns(self.row.id, name, qtype)
-        return ProxyAnswer(decision.allow, decision.add_to_filter, decision.ips, decision.ttl_s)
+        return await self._control.query_dns(self.row.id, name, qtype)
+
+    def note_audit(self, name: str, addresses: Sequence[bytes], why: str) -> None:
+        """Report a name that only `audit` let through; at most one line in `COMPLAIN_S`, the count says how many."""
+        self.audited_names += 1
+        now = time.monotonic()
+        if now >= self._audit_complaint:
+            self._audit_complaint = now + COMPLAIN_S
+            counts = {"addresses": len(addresses), "since_start": self.audited_names}
+            self.log.info("would_deny_name", name=name, why=why, **counts)
 
     # -- commands ---------------------------------------------------------------------------------------------------
 
@@ -168,10 +189,10 @@ class Attachment:
     async def _apply(self, command: Command, version: str) -> None:
         old = self._policy
         now = time.monotonic()
-        if isinstance(command, BulkUpdate) and len(command.allow_cidrs) + len(command.deny_cidrs) + _names(command) > BULK:
-            new = await asyncio.to_thread(apply, old, command, now)
+        if _rules(command) + len(old.cidrs) + len(old.dns.domains) > BULK:
+            new, digest = await asyncio.to_thread(_compute, old, command, now)
         else:
-            new = apply(old, command, now)
+            new, digest = _compute(old, command, now)
         await self._switch(new)
         await self._drop_holds(old, new)
         try:
@@ -180,6 +201,7 @@ class Attachment:
             await self._switch_back(old)
             raise
         self.row = replace(self.row, policy_version=version)
+        self.policy_hash = digest
         self.active = True
         self.log.info("policy_applied", command=type(command).__name__, version=version, mode=new.mode.name.lower())
 
@@ -219,7 +241,7 @@ class Attachment:
             mode=int(policy.mode),
             dns_mode=int(policy.dns.mode),
             policy_version=row.policy_version,
-            policy_hash=policy.hash(),
+            policy_hash=self.policy_hash,
         )
 
     # -- steps ------------------------------------------------------------------------------------------------------
@@ -235,26 +257,37 @@ class Attachment:
             await self._switch(old)
         except NetfenceError as error:
             # The kernel is the truth: the new policy is in force, unstored; the caller hears of the first failure.
-            self.log.error("policy_not_rolled_back", error=str(error), effect="the refused command is in force")
+            effect = "the refused command is in force"
+            self.log.error("policy_not_rolled_back", error=str(error), effect=effect)  # noqa: TRY400 - expected kind
 
     async def _save(self, policy: Policy, version: str) -> None:
         encode = functools.partial(policy_codec.encode, policy, policy_codec.Clock.now())
         await self._store.save(self.row.id, encode, version, (self.queries_allowed, self.queries_blocked))
 
     async def _drop_holds(self, old: Policy, new: Policy) -> None:
-        """Drop the holds that `new` does not allow and close leases that nothing holds any more."""
-        if not len(self._leases):
-            return
+        """Drop the holds that `new` does not allow and close the leases that nothing holds any more.
+
+        `new` is in force already, so that no denied name can get a new hold meanwhile.
+        """
+        holders = {holder for _, holder, _ in self._leases.export()}
         if new.dns.mode is not old.dns.mode:
-            free = self._leases.drop_names(lambda _: False)
+            denied = list(holders)
+        elif len(holders) > BULK:
+            denied = await asyncio.to_thread(_denied, new, holders)
         else:
-            free = self._leases.drop_names(functools.partial(_keeps, old, new))
-        for start in range(0, len(free), CHUNK):
-            # Meanwhile an allowed name may have opened an address anew.
-            self._kernel.close_leases(
-                self.row.slot, [address for address in free[start : start + CHUNK] if address not in self._leases]
-            )
+            denied = _denied(new, holders)
+        for start in range(0, len(denied), CHUNK):
+            self._drop(frozenset(denied[start : start + CHUNK]))
             await asyncio.sleep(0)
+
+    def _drop(self, denied: frozenset[str]) -> None:
+        slot = self.row.slot
+        shortened: list[tuple[bytes, float]] = []
+        free = self._leases.drop_names(lambda holder: holder not in denied, lambda *lease: shortened.append(lease))
+        self._kernel.close_leases(slot, free)
+        for address, expiry in shortened:  # another name holds it still, but not for so long
+            self._kernel.close_leases(slot, [address])
+            self._kernel.open_leases(slot, [address], expiry)
 
     async def _maintain(self, now: float) -> None:
         live = replace(self._policy, cidrs=self._policy.cidrs.live(now))
@@ -262,10 +295,9 @@ class Attachment:
             generation = self._generation
             await self._switch(live)
             self._generation = generation  # nothing that was in force changed
-        for address in await self._kernel.sweep(self.row.slot):
-            if (expiry := self._leases.expiry(address)) is not None and expiry > time.monotonic():
-                self._kernel.open_leases(self.row.slot, [address], expiry)  # renewed while the sweep removed it
-            else:
+        removed = await self._kernel.sweep(self.row.slot)
+        for address in self._leases.expired(now):  # one opened again meanwhile is not among them
+            if address in removed:
                 self._leases.forget(address)
 
     def _holder(self, name: str) -> str | None:
@@ -275,9 +307,11 @@ class Attachment:
             raise NotFoundError(f"open addresses of {name} for {self.row.name}: it was detached")
         if policy.dns.mode is DnsMode.DISABLED:
             return None
+        if _keeps(policy, PROXY):
+            return PROXY
         verdict = policy.judge_name(name)
         if verdict.allowed:
-            return PROXY if policy.dns.mode is DnsMode.PROXY else name
+            return name
         if policy.audit:
             return None
         raise PreconditionError(f"open addresses of {name} for {self.row.name}: denied meanwhile ({verdict.why})")
@@ -297,3 +331,37 @@ class Attachment:
                 f"open {len(addresses)} addresses for {self.row.name}: it has {len(book)} live leases of"
                 f" dns.max_leases={limit}; raise dns.max_leases, or lower dns.max_lease"
             )
+
+    def _complain(self, name: str, error: NetfenceError, now: float) -> None:
+        if now >= self._complaint:
+            self._complaint = now + COMPLAIN_S
+            self.log.warning("lease_refused", name=name, error=str(error), since_start=self.refused_leases)
+
+
+def dns_address(row: Row) -> str:
+    """Return ``host:port``, IPv6 in brackets."""
+    return f"[{row.dns_host}]:{row.dns_port}" if ":" in row.dns_host else f"{row.dns_host}:{row.dns_port}"
+
+
+def _compute(old: Policy, command: Command, now: float) -> tuple[Policy, str]:
+    new = apply(old, command, now)
+    return new, new.hash()
+
+
+def _rules(command: Command) -> int:
+    """Count the rules a command brings."""
+    if not isinstance(command, BulkUpdate):
+        return 1
+    names = len(command.dns.allow) + len(command.dns.deny) if command.dns is not None else 0
+    return len(command.allow_cidrs) + len(command.deny_cidrs) + names
+
+
+def _keeps(new: Policy, holder: str) -> bool:
+    """Tell whether the policy lets this holder keep its leases."""
+    if holder == PROXY:
+        return new.dns.mode is DnsMode.PROXY and (new.mode is not Mode.BLOCK_ALL or new.audit)
+    return holder != UNKNOWN and new.judge_name(holder).allowed
+
+
+def _denied(new: Policy, holders: Iterable[str]) -> list[str]:
+    return [holder for holder in holders if not _keeps(new, holder)]

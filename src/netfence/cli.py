@@ -1,5 +1,311 @@
-"""The click commands; the only place that prints."""
+"""The click commands; the only place that prints.
+
+Answers go to stdout, everything else to stderr as ``netfenced: <what>: <why>; <remedy>``. Exit status: 0 done, 1 the
+operation failed, 2 bad usage, 3 no daemon reachable. Heavy imports (gRPC, rich, the daemon itself) happen in the
+commands that need them: `--help`, `--version` and completion stay instant.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from netfence import __version__
+from netfence.command import (
+    DEFAULT_SOCKET,
+    FAILED,
+    CommandError,
+    Commands,
+    complain,
+    complete_id,
+    complete_interface,
+    config_option,
+    connected,
+    examples,
+    json_option,
+    parse_metadata,
+    show_json,
+    show_rows,
+)
+from netfence.errors import InvalidError, NetfenceError
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        """
+netfenced start --policy policy.yaml       run the daemon with a local policy
+netfenced attach --interface veth0         fence the workload behind veth0
+netfenced list --all                       show every attachment
+eval "$(_NETFENCED_COMPLETE=bash_source netfenced)"    completion in this shell (zsh_source, fish_source)
+"""
+    ),
+)
+@click.option(
+    "--socket",
+    "-s",
+    default=DEFAULT_SOCKET,
+    envvar="NETFENCE_SOCKET",
+    show_default=True,
+    show_envvar=True,
+    type=click.Path(),
+    help="Socket of the daemon's local API.",
+)
+@click.version_option(__version__, prog_name="netfenced", message="%(prog)s %(version)s")
+def cli(socket: str) -> None:
+    """Fence what VMs and containers may reach, by eBPF.
+
+    Exit status: 0 done, 1 the operation failed, 2 bad usage, 3 the daemon cannot be reached.
+    """
+    del socket  # read from the context by the commands that connect
+
+
+@cli.command(
+    epilog=examples(
+        """
+netfenced start --policy /etc/netfence/policy.yaml
+netfenced --socket /run/nf.sock start --config /etc/netfence/netfence.yaml
+NETFENCE_LOG_LEVEL=debug netfenced start
+"""
+    )
+)
+@config_option
+@click.option(
+    "--policy",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Local policy file, used while no control plane is configured.",
+)
+@click.pass_context
+def start(ctx: click.Context, config_path: Path | None, policy: Path | None) -> int:
+    """Run the daemon in the foreground.
+
+    SIGTERM ends it cleanly, SIGHUP reloads the policy file and TLS files. Filters stay in force when it stops, unless
+    enforcement.on_shutdown says otherwise.
+    """
+    flags: dict[str, object] = {} if policy is None else {"policy_file": str(policy.absolute())}
+    loaded = _load_config(ctx, config_path, flags)
+    from netfence.daemon import run  # noqa: PLC0415
+
+    try:
+        return run(loaded)
+    except NetfenceError as error:
+        raise CommandError(_lines(error)) from error
+
+
+@cli.command(
+    epilog=examples(
+        """
+netfenced attach --interface veth0
+netfenced attach -i tap7 --metadata tenant=acme,vm=7
+netfenced attach --cgroup /sys/fs/cgroup/machine.slice/box1 --json
+netfenced attach -i eth0 --direction host
+"""
+    )
+)
+@click.option("--interface", "-i", metavar="IF", shell_complete=complete_interface, help="Network interface to fence.")
+@click.option("--cgroup", "-g", metavar="PATH", type=click.Path(), help="Cgroup (v2) directory to fence.")
+@click.option(
+    "--metadata",
+    metavar="K=V[,K=V]",
+    multiple=True,
+    callback=parse_metadata,
+    help="Facts for the control plane or the policy file's `match`; may be repeated.",
+)
+@click.option(
+    "--hook",
+    type=click.Choice(["auto", "tc", "xdp"]),
+    default="auto",
+    show_default=True,
+    help="Program type for an interface; auto never chooses xdp.",
+)
+@click.option(
+    "--direction",
+    type=click.Choice(["auto", "workload", "host"]),
+    default="auto",
+    show_default=True,
+    help="Whether the interface leads to a workload or out of this host; auto tells by its kind.",
+)
+@json_option
+def attach(
+    interface: str | None, cgroup: str | None, metadata: dict[str, str], hook: str, direction: str, *, as_json: bool
+) -> None:
+    """Fence an interface or a cgroup; print its id and DNS address.
+
+    Returns when the first policy is in force. A failure leaves nothing behind.
+    """
+    if (interface is None) == (cgroup is None):
+        raise click.UsageError("give exactly one of --interface and --cgroup", click.get_current_context())
+    if cgroup is not None and (hook, direction) != ("auto", "auto"):
+        raise click.UsageError("--hook and --direction are for interfaces", click.get_current_context())
+    if cgroup is not None:
+        cgroup = os.path.abspath(cgroup)  # noqa: PTH100 - resolves "..", which pathlib leaves; the daemon has another cwd
+    from netfence.v1 import daemon_pb2  # noqa: PLC0415
+
+    request = daemon_pb2.AttachRequest(
+        interface_name=interface,
+        cgroup_path=cgroup,
+        metadata=metadata,
+        hook="HOOK_UNSPECIFIED" if hook == "auto" else f"HOOK_{hook.upper()}",
+        direction="DIRECTION_UNSPECIFIED" if direction == "auto" else f"DIRECTION_{direction.upper()}",
+    )
+    with connected() as daemon:
+        response = daemon.attach(request)
+    if as_json:
+        show_json({"id": response.id, "dns_address": response.dns_address})
+    else:
+        click.echo(f"id: {response.id}\ndns address: {response.dns_address}")
+
+
+@cli.command(epilog=examples("netfenced detach --id 6f1c2a9e"))
+@click.option("--id", "attachment_id", required=True, metavar="ID", shell_complete=complete_id, help="From attach.")
+def detach(attachment_id: str) -> None:
+    """Take the fence off a target."""
+    with connected() as daemon:
+        daemon.detach(attachment_id)
+    click.echo(f"detached {attachment_id}")
+
+
+@cli.command(
+    "list",
+    epilog=examples(
+        """
+netfenced list
+netfenced list --all --json | jq '.attachments[].id'
+"""
+    ),
+)
+@click.option("--all", "everything", is_flag=True, help="Show every attachment, not only the first page.")
+@click.option(
+    "--page-size", type=click.IntRange(1, 1000), default=100, show_default=True, help="Attachments in a page."
+)
+@json_option
+def list_(*, everything: bool, page_size: int, as_json: bool) -> None:
+    """Show attachments, oldest first; packets and queries as allowed/blocked."""
+    from netfence import render  # noqa: PLC0415
+
+    with connected() as daemon:
+        page = daemon.list_page(page_size)
+        infos, total, more = list(page.attachments), page.total_count, page.next_page_token
+        while everything and more:
+            page = daemon.list_page(page_size, more)
+            infos += page.attachments
+            total, more = page.total_count, page.next_page_token
+    if as_json:
+        documents = [render.attachment_document(info) for info in infos]
+        show_json({"attachments": documents, "total_count": total, "complete": not more})
+        return
+    now = time.time()
+    show_rows([render.attachment_row(info, now) for info in infos], render.ATTACHMENT_HEAD)
+    if more:
+        complain(f"list: {len(infos)} of {total} attachments shown; use --all for the rest")
+
+
+@cli.command(
+    epilog=examples(
+        """
+netfenced status
+netfenced status --json | jq -r .control_plane_state
+"""
+    )
+)
+@json_option
+def status(*, as_json: bool) -> None:
+    """Show the daemon, its control plane, and what this kernel offers."""
+    from netfence import render  # noqa: PLC0415
+
+    with connected() as daemon:
+        answer = daemon.status()
+    if as_json:
+        show_json(render.status_document(answer))
+    else:
+        show_rows(render.status_rows(answer))
+
+
+@cli.group()
+def policy() -> None:
+    """Work on local policy files."""
+
+
+@policy.command(epilog=examples("netfenced policy check /etc/netfence/policy.yaml"))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_option
+def check(file: Path, *, as_json: bool) -> int:
+    """Validate a policy file: every error with file, line and key. Needs no daemon."""
+    from netfence.control.policyfile import load_policy_file  # noqa: PLC0415
+
+    try:
+        loaded = load_policy_file(file)
+    except InvalidError as error:
+        if as_json:
+            show_json({"file": str(file), "ok": False, "errors": list(error.errors), "warnings": []})
+            return FAILED
+        count = len(error.errors)
+        what = "1 error" if count == 1 else f"{count} errors"
+        raise CommandError([*error.errors, f"policy check {file}: {what}; the daemon would refuse this file"]) from None
+    if as_json:
+        show_json({"file": str(file), "ok": True, "errors": [], "warnings": list(loaded.warnings)})
+        return 0
+    for warning in loaded.warnings:
+        complain(f"warning: {warning}")
+    default = "a default" if loaded.default else "no default (block_all)"
+    click.echo(f"{file}: ok, {len(loaded.rules)} rules and {default}")
+    return 0
+
+
+@cli.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command(
+    epilog=examples(
+        """
+netfenced config show
+netfenced config show --config /etc/netfence/netfence.yaml --json
+"""
+    )
+)
+@config_option
+@json_option
+@click.pass_context
+def show(ctx: click.Context, config_path: Path | None, *, as_json: bool) -> None:
+    """Show the configuration in force and where each value came from. Needs no daemon."""
+    loaded = _load_config(ctx, config_path, {})
+    values = dict(_flatten(loaded.config.model_dump(mode="json"), loaded.sources))
+    if as_json:
+        entries = {key: {"value": value, "source": loaded.sources.get(key, "default")} for key, value in values.items()}
+        show_json(entries)
+    else:
+        from netfence.render import printable  # noqa: PLC0415
+
+        rows = [(key, printable(_plain(value)), loaded.sources.get(key, "default")) for key, value in values.items()]
+        show_rows(list(rows), ("key", "value", "from"))
+
+
+def _load_config(ctx: click.Context, path: Path | None, flags: dict[str, object]) -> Any:  # noqa: ANN401
+    from netfence.config import load  # noqa: PLC0415
+
+    root = ctx.find_root()
+    # The environment's NETFENCE_SOCKET is config's own business; only a flag has to be passed on.
+    if root.get_parameter_source("socket") is ParameterSource.COMMANDLINE:
+        flags = flags | {"socket": os.path.abspath(root.params["socket"])}  # noqa: PTH100
+    try:
+        return load(path, os.environ, flags)
+    except NetfenceError as error:
+        raise CommandError(_lines(error)) from None
+
+
+def _lines(error: NetfenceError) -> list[str]:
+    """Return an error's lines: one for each fault."""
+    return list(error.errors) if isinstance(error, InvalidError) else [str(error)]
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point of `netfenced`."""
+    cli.main(prog_name="netfenced")

@@ -1,7 +1,7 @@
 """Set-up of structured logs: readable on a terminal, JSON lines otherwise, always to stderr.
 
-Events are short words (`attached`, `policy_applied`) with fields: `attachment` (id), `target`, `error`. Values that come
-from outside (names in queries, metadata, file contents) are only ever fields, so that they cannot forge a line: JSON
+Events are short words (`attached`, `policy_applied`) with fields: `attachment` (id), `target`, `error`. Values that
+come from outside (names in queries, metadata, file contents) are only ever fields, so that they cannot forge a line: JSON
 escapes them, and the console writer quotes what is not printable.
 """
 
@@ -20,7 +20,7 @@ FORMATS = ("auto", "console", "json")
 
 
 def set_up(level: str, fmt: str, stream: TextIO | None = None) -> None:
-    """Configure structlog for this process; `level` is one of `LEVELS`, `fmt` of `FORMATS`; default stream is stderr."""
+    """Configure structlog for this process; `level` is one of `LEVELS`, `fmt` of `FORMATS`; default is stderr."""
     out = stream or sys.stderr
     console = fmt == "console" or (fmt == "auto" and out.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]

@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS attachments (
   metadata TEXT NOT NULL,        -- JSON object
   dns_host TEXT NOT NULL,
   dns_port INTEGER NOT NULL,
+  boot_id TEXT NOT NULL,         -- of the last attach or take-over: pins of an earlier boot are gone
   attached_at REAL NOT NULL,     -- seconds since the epoch
   policy TEXT,                   -- see policy_codec; NULL until the first policy was acknowledged
   policy_version TEXT NOT NULL,
@@ -58,9 +59,10 @@ CREATE TABLE IF NOT EXISTS attachments (
 
 COLUMNS = (
     "id, slot, kind, name, identity, link_kind, direction, hook, mechanism, metadata, dns_host, dns_port,"
-    " attached_at, policy, policy_version, dns_allowed, dns_blocked"
+    " boot_id, attached_at, policy, policy_version, dns_allowed, dns_blocked"
 )
-_MARKS = ", ".join("?" for _ in COLUMNS.split(","))
+_INSERT = f"INSERT INTO attachments ({COLUMNS}) VALUES ({', '.join('?' for _ in COLUMNS.split(','))})"  # noqa: S608 - constants
+_SELECT = f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id"  # noqa: S608 - constants
 
 T = TypeVar("T")
 
@@ -80,6 +82,7 @@ class Row:
     mechanism: str
     dns_host: str
     dns_port: int
+    boot_id: str
     attached_at: float
     metadata: Mapping[str, str] = field(default_factory=dict)
     policy: str | None = None
@@ -131,7 +134,7 @@ class Store:
         """Insert an attachment whose hook is in place; survives our death, not a power cut (see the module)."""
 
         def work(connection: sqlite3.Connection) -> None:
-            connection.execute(f"INSERT INTO attachments ({COLUMNS}) VALUES ({_MARKS})", _values(row))
+            connection.execute(_INSERT, _values(row))
 
         await self._run("reserve", work, durable=False)
 
@@ -142,7 +145,6 @@ class Store:
 
         `encode` makes the text and runs in the store's thread, because a large policy takes a tenth of a second.
         """
-
         text = await asyncio.get_running_loop().run_in_executor(self._pool, encode)
 
         def work(connection: sqlite3.Connection) -> None:
@@ -164,9 +166,21 @@ class Store:
 
         await self._run("save_counters", work, durable=False)
 
+    async def replace(self, row: Row) -> None:
+        """Store anew where and how an attachment is hooked (slot, mechanism, identity, boot); its policy stays."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "UPDATE attachments SET slot=?, name=?, identity=?, mechanism=?, boot_id=? WHERE id=?",
+                (row.slot, row.name, row.identity, row.mechanism, row.boot_id, row.id),
+            )
+
+        await self._run("replace", work)
+
     async def move(self, attachment_id: str, name: str) -> None:
         """Store the new name of a renamed interface."""
-        await self._run("move", lambda db: db.execute("UPDATE attachments SET name=? WHERE id=?", (name, attachment_id)))
+        values = (name, attachment_id)
+        await self._run("move", lambda db: db.execute("UPDATE attachments SET name=? WHERE id=?", values))
 
     async def remove(self, attachment_id: str) -> None:
         """Delete an attachment; one that is not there is no error."""
@@ -195,7 +209,8 @@ class Store:
                         self._connection.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                raise NetfenceError(f"{what} state in {self._path}: {error}; free disk space or check the disk") from error
+                remedy = "free disk space, or check the disk"
+                raise NetfenceError(f"{what} state in {self._path}: {error}; {remedy}") from error
             return result
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, transaction)
@@ -207,7 +222,8 @@ def _own_directory(data_dir: Path) -> None:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = data_dir.stat()
     except OSError as error:
-        raise PreconditionError(f"open data_dir {data_dir}: {error.strerror}; set data_dir to a writable path") from error
+        why = error.strerror
+        raise PreconditionError(f"open data_dir {data_dir}: {why}; set data_dir to a writable path") from error
     if not stat.S_ISDIR(info.st_mode):
         raise PreconditionError(f"open data_dir {data_dir}: not a directory; set data_dir to a directory")
     if info.st_uid != os.geteuid() or info.st_mode & 0o022:
@@ -241,12 +257,7 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, str]:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA trusted_schema=OFF")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise PreconditionError(
-                f"open state {path}: schema version {version}, this netfenced reads {SCHEMA_VERSION};"
-                " run the version that wrote it, or move the file away to start without state"
-            )
+        _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
         connection.execute("BEGIN IMMEDIATE")
         for statement in SCHEMA.split(";\n"):
             connection.execute(statement)
@@ -261,9 +272,17 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, str]:
     return connection, str(row[0])
 
 
+def _check_version(path: Path, version: int) -> None:
+    if version not in (0, SCHEMA_VERSION):
+        raise PreconditionError(
+            f"open state {path}: schema version {version}, this netfenced reads {SCHEMA_VERSION};"
+            " run the version that wrote it, or move the file away to start without state"
+        )
+
+
 def _load(connection: sqlite3.Connection) -> list[Row]:
     names = [name.strip() for name in COLUMNS.split(",")]
-    rows = connection.execute(f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id").fetchall()
+    rows = connection.execute(_SELECT).fetchall()
     found = []
     for values in rows:
         data = dict(zip(names, values, strict=True))

@@ -1,0 +1,1 @@
+"""The local API on the unix socket, and the translation of its messages."""

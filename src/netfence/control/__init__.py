@@ -1,0 +1,1 @@
+"""Who decides the policies: the port, and its implementations."""

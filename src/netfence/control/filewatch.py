@@ -32,10 +32,10 @@ class FileWatch:
     """Watches one path; make it on the running loop, `close` it after use. Raises OSError when inotify has no room."""
 
     def __init__(self, path: Path) -> None:
-        self._path = Path(os.path.abspath(path))
+        self._path = path.absolute()
         self._fd = _call(_libc.inotify_init1, os.O_NONBLOCK | os.O_CLOEXEC)
         self._event = asyncio.Event()
-        self._directories: set[str] = set()
+        self._directories: set[Path] = set()
         self._armed = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._read)
@@ -67,7 +67,7 @@ class FileWatch:
 
     def _arm(self) -> None:
         """Watch the directory of the path and, for a symbolic link, the directory of its target."""
-        wanted = {os.path.dirname(self._path), os.path.dirname(os.path.realpath(self._path))}
+        wanted = {self._path.parent, self._path.resolve().parent}
         for directory in wanted - self._directories:
             try:
                 _call(_libc.inotify_add_watch, self._fd, os.fsencode(directory), INTEREST | IN_ONLYDIR)
@@ -98,13 +98,13 @@ class FileWatch:
 
     def _linked(self) -> bool:
         try:
-            return os.stat(self._path).st_nlink > 1
+            return self._path.stat().st_nlink > 1
         except OSError:
             return False
 
     def _signature(self) -> Signature:
         try:
-            info = os.stat(self._path)
+            info = self._path.stat()
         except OSError:
             return None
         return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns

@@ -62,6 +62,9 @@ class LocalControl:
         """Return ``file:`` and the path."""
         return f"file:{self._file.path}"
 
+    def check(self, target: str) -> None:
+        """Accept every target: one that no rule matches gets block_all."""
+
     async def run(self, host: ControlHost) -> None:
         """Watch the file and keep every attachment at its rule until cancelled."""
         self._host = host
@@ -123,7 +126,7 @@ class LocalControl:
                 self._given.pop(attachment_id, None)
             except NetfenceError as error:
                 failed += 1
-                log.error("policy_not_applied", attachment=attachment_id, target=given.view.target, error=str(error))
+                log.warning("policy_not_applied", attachment=attachment_id, target=given.view.target, error=str(error))
             else:
                 given.version = rule.version
                 changed += 1
@@ -145,6 +148,13 @@ class NoControl:
         """Return nothing."""
         return ""
 
+    def check(self, target: str) -> None:
+        """Refuse."""
+        raise PreconditionError(
+            f"attach {target}: nobody decides its policy: neither control_plane.url nor policy_file is set;"
+            f" {self.REMEDY}, and restart netfenced"
+        )
+
     async def run(self, host: ControlHost) -> None:
         """Warn once, then wait."""
         del host
@@ -154,12 +164,10 @@ class NoControl:
     async def reload(self) -> None:
         """Do nothing."""
 
-    async def subscribe(self, view: AttachmentView) -> FirstPolicy:
+    async def subscribe(self, view: AttachmentView) -> FirstPolicy | None:
         """Refuse."""
-        raise PreconditionError(
-            f"attach {view.target}: nobody decides its policy: neither control_plane.url nor policy_file is set;"
-            f" {self.REMEDY}, and restart netfenced"
-        )
+        self.check(view.target)
+        return None
 
     async def unsubscribe(self, attachment_id: str, reason: UnsubscribeReason, error: str = "") -> None:
         """Do nothing."""

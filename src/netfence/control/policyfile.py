@@ -15,13 +15,13 @@ import difflib
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from netfence.control.port import AttachmentView
 from netfence.control.yamltree import Map, Node, Scalar, Seq, parse
-from netfence.errors import InvalidError
+from netfence.errors import InvalidError, NetfenceError
 from netfence.policy.commands import BulkUpdate, CidrSpec, DnsSpec, DomainSpec, apply
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY
@@ -34,6 +34,10 @@ MATCH_KEYS = ("metadata", "interface", "cgroup")
 DNS_MODES = tuple(mode.name.lower() for mode in DnsMode if mode is not DnsMode.PROXY)
 MODES = tuple(mode.name.lower() for mode in Mode)
 
+# How the policy core names a fault in a list of a bulk update.
+_INDEXED = re.compile(
+    r"(allow_cidrs|deny_cidrs|dns\.allow_domains|dns\.deny_domains|dns\.upstream_servers)\[(\d+)\]: (.*)", re.DOTALL
+)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)?")
 _UNITS_S = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -58,7 +62,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One entry: `version` changes whenever what it says of the policy changes (its place in the file does not count)."""
+    """One entry; `version` changes whenever what it says of the policy changes (its place in the file is no part)."""
 
     match: Match
     update: BulkUpdate
@@ -102,8 +106,8 @@ def parse_policy_file(data: bytes, path: Path) -> PolicyFile:
         raise InvalidError(f"{path}:1: file: empty; to block everything write: default: {{mode: block_all}}")
     reader = _Reader(str(path))
     found = reader.file(tree, path)
-    if reader.errors:
-        raise InvalidError(reader.errors)
+    if reader.faults:
+        raise InvalidError([text for _, text in sorted(reader.faults, key=lambda fault: fault[0])])
     return found
 
 
@@ -118,13 +122,23 @@ class _Lines:
     deny: list[int] = field(default_factory=list)
     upstreams: list[int] = field(default_factory=list)
 
+    def of(self, theirs: str) -> tuple[str, list[int]]:
+        """Return our key and the lines of a list that the policy core calls `theirs`."""
+        return {
+            "allow_cidrs": ("allow_cidrs", self.allow_cidrs),
+            "deny_cidrs": ("deny_cidrs", self.deny_cidrs),
+            "dns.allow_domains": ("dns.allow", self.allow),
+            "dns.deny_domains": ("dns.deny", self.deny),
+            "dns.upstream_servers": ("dns.upstreams", self.upstreams),
+        }[theirs]
+
 
 class _Reader:
-    """Turns the tree into rules and collects errors; a faulty part yields a harmless value so that reading goes on."""
+    """Turns the tree into rules and collects errors; a faulty part yields a harmless value, so that reading goes on."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.errors: list[str] = []
+        self.faults: list[tuple[int, str]] = []  # line, whole text
         self.warnings: list[str] = []
 
     def file(self, tree: Node, path: Path) -> PolicyFile:
@@ -134,15 +148,14 @@ class _Reader:
             for index, node in enumerate(self._seq(entries, "attachments")):
                 rules.append(self._rule(node, f"attachments[{index}]", with_match=True))
         default = None
-        if top is not None and (node := self._get(top, "default")) is not None:
-            default = self._rule(node, "default", with_match=False)
+        if top is not None and (fallback := self._get(top, "default")) is not None:
+            default = self._rule(fallback, "default", with_match=False)
         if top is not None and not top.items:
             self._error(top.line, "file", "neither `attachments` nor `default`")
         return PolicyFile(path, tuple(rules), default, tuple(self.warnings))
 
     def _rule(self, node: Node, key: str, *, with_match: bool) -> Rule:
         keys = ENTRY_KEYS if with_match else ENTRY_KEYS[1:]
-        before = len(self.errors)
         entry = self._map(node, key, keys) or Map(node.line)
         match = self._match(entry, key) if with_match else Match()
         lines = _Lines(entry.line)
@@ -154,7 +167,7 @@ class _Reader:
             dns=self._dns(entry, key, lines),
             audit=self._bool(entry, key, "audit"),
         )
-        self._check(update, key, lines, sound=len(self.errors) == before)
+        self._check(update, key, lines)
         if update.dns is None and update.mode == Mode.ALLOWLIST:
             self.warnings.append(f"{self._name}:{entry.line}: {key}: no `dns`: names resolve, but open no addresses")
         return Rule(match, update, update_version(update), entry.line)
@@ -172,8 +185,8 @@ class _Reader:
                 metadata.append((name, self._text(value, f"{key}.match.metadata.{name}")))
         globs: dict[str, str | None] = {"interface": None, "cgroup": None}
         for name in globs:
-            if (value := self._get(found, name)) is not None:
-                globs[name] = self._text(value, f"{key}.match.{name}")
+            if (glob := self._get(found, name)) is not None:
+                globs[name] = self._text(glob, f"{key}.match.{name}")
         if globs["interface"] is not None and globs["cgroup"] is not None:
             self._error(found.line, f"{key}.match", "`interface` and `cgroup` together match nothing; make two entries")
         if not metadata and globs["interface"] is None and globs["cgroup"] is None:
@@ -203,14 +216,14 @@ class _Reader:
             upstreams=tuple(upstreams),
         )
 
-    def _cidrs(self, entry: Map, key: str, name: str, lines: list[int]) -> tuple[CidrSpec, ...]:
+    def _cidrs(self, entry: Map, key: str, name: str, lines: list[int]) -> tuple[CidrSpec | str, ...]:
         if (node := self._get(entry, name)) is None:
             return ()
-        specs = []
+        specs: list[CidrSpec | str] = []
         for index, item in enumerate(self._seq(node, f"{key}.{name}")):
             lines.append(item.line)
             if isinstance(item, Scalar) and not item.null:  # the hot path of large files
-                specs.append(CidrSpec(item.text, 0.0))
+                specs.append(item.text)
                 continue
             where = f"{key}.{name}[{index}]"
             table = self._map(item, where, ("cidr", "ttl")) or Map(item.line)
@@ -228,7 +241,7 @@ class _Reader:
         for index, item in enumerate(self._seq(node, f"{key}.{name}")):
             lines.append(item.line)
             if isinstance(item, Scalar) and not item.null:
-                specs.append(DomainSpec(item.text, include_subdomains=False))
+                specs.append(DomainSpec(item.text))
                 continue
             where = f"{key}.{name}[{index}]"
             table = self._map(item, where, ("domain", "include_subdomains")) or Map(item.line)
@@ -239,19 +252,19 @@ class _Reader:
             specs.append(DomainSpec(text, include_subdomains=self._bool(table, where, "include_subdomains")))
         return tuple(specs)
 
-    def _check(self, update: BulkUpdate, key: str, lines: _Lines, *, sound: bool) -> None:
-        """Let the policy core judge the update as a whole; when it refuses, find the lines that are to blame."""
+    def _check(self, update: BulkUpdate, key: str, lines: _Lines) -> None:
+        """Let the policy core judge the update as a whole, and put its faults to the lines they are about."""
         try:
             apply(EMPTY, update, 0.0)
-        except InvalidError as error:
-            before = len(self.errors)
-            for line, where, single in _singles(update, key, lines):
-                try:
-                    apply(EMPTY, single, 0.0)
-                except InvalidError as fault:
-                    self.errors.extend(f"{self._name}:{line}: {where}: {_why(text)}" for text in fault.errors)
-            if len(self.errors) == before and sound:  # no single entry: the sum of them
-                self.errors.extend(f"{self._name}:{lines.entry}: {key}: {text}" for text in error.errors)
+        except NetfenceError as error:
+            faults = error.errors if isinstance(error, InvalidError) else (str(error),)
+            for fault in faults:
+                if match := _INDEXED.fullmatch(fault):
+                    ours, at = lines.of(match[1])
+                    index = int(match[2])
+                    self._error(at[index], f"{key}.{ours}[{index}]", match[3])
+                else:
+                    self._error(lines.entry, key, fault)
 
     # -- leaves ----------------------------------------------------------------------------------------------------
 
@@ -315,31 +328,7 @@ class _Reader:
         return 0.0
 
     def _error(self, line: int, key: str, message: str) -> None:
-        self.errors.append(f"{self._name}:{line}: {key}: {message}")
-
-
-def _singles(update: BulkUpdate, key: str, lines: _Lines) -> Iterator[tuple[int, str, BulkUpdate]]:
-    """Yield one update per entry, with its line and key."""
-    mode = Mode.DENYLIST
-    for name, at in (("allow_cidrs", lines.allow_cidrs), ("deny_cidrs", lines.deny_cidrs)):
-        for index, (spec, line) in enumerate(zip(getattr(update, name), at, strict=True)):
-            # Both lists have the same checks.
-            single = BulkUpdate(mode=mode, allow_cidrs=(spec,), deny_cidrs=(), dns=None, audit=False)
-            yield line, f"{key}.{name}[{index}]", single
-    if update.dns is None:
-        return
-    for name, at in (("allow", lines.allow), ("deny", lines.deny), ("upstreams", lines.upstreams)):
-        for index, (item, line) in enumerate(zip(getattr(update.dns, name), at, strict=True)):
-            domains = (item,) if name != "upstreams" else ()
-            servers = (item,) if name == "upstreams" else ()
-            dns = DnsSpec(mode=DnsMode.DENYLIST, allow=domains, deny=(), upstreams=servers)
-            single = BulkUpdate(mode=mode, allow_cidrs=(), deny_cidrs=(), dns=dns, audit=False)
-            yield line, f"{key}.dns.{name}[{index}]", single
-
-
-def _why(text: str) -> str:
-    """Cut the core's own place (``allow_cidrs[0]: ``) off an error; ours tells the place in the file."""
-    return re.sub(r"^[a-z_.]+\[\d+\](?:\.\w+)?: ", "", text)
+        self.faults.append((line, f"{self._name}:{line}: {key}: {message}"))
 
 
 def _kind(node: Node) -> str:
@@ -353,7 +342,8 @@ def update_version(update: BulkUpdate) -> str:
     digest = hashlib.sha256(f"{int(update.mode)} {update.audit}\n".encode())
     for name in ("allow_cidrs", "deny_cidrs"):
         for cidr in getattr(update, name):
-            digest.update(f"{name} {cidr.cidr!r} {cidr.ttl_s}\n".encode())
+            text, ttl_s = (cidr, 0.0) if isinstance(cidr, str) else cidr
+            digest.update(f"{name} {text!r} {ttl_s}\n".encode())
     if update.dns is not None:
         digest.update(f"dns {int(update.dns.mode)} {list(update.dns.upstreams)!r}\n".encode())
         for name in ("allow", "deny"):

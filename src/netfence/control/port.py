@@ -51,7 +51,7 @@ class AttachmentView:
 
 @dataclass(frozen=True, slots=True)
 class FirstPolicy:
-    """The answer to `subscribe`: the whole policy and the control plane's opaque version of it ("" when it has none)."""
+    """The answer to `subscribe`: the whole policy, and the control plane's opaque version of it ("" for none)."""
 
     update: BulkUpdate
     version: str = ""
@@ -91,6 +91,10 @@ class ControlPort(Protocol):
     @property
     def state(self) -> ConnectionState:
         """Tell whether policies can be had at this moment."""
+        ...
+
+    def check(self, target: str) -> None:
+        """Raise PreconditionError when no policy for `target` can ever come; asked before anything is touched."""
         ...
 
     @property

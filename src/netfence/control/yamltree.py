@@ -91,15 +91,15 @@ class _Builder:
         return None if isinstance(tree, Scalar) and tree.null else tree
 
     def _node(self, event: yaml.Event, depth: int) -> Node:
-        line = event.start_mark.line + 1
+        line = _line(event)
         node: Node
         if isinstance(event, yaml.AliasEvent):
-            if (known := self._anchors.get(event.anchor)) is None:
+            if (known := self._anchors.get(str(event.anchor))) is None:
                 self._error(event, "YAML", f"alias *{event.anchor}: no such anchor before this line")
                 return Scalar("", plain=True, line=line)
             return known
         if depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark)
+            raise InvalidError([*self.errors, f"{self._name}:{line}: YAML: nested deeper than {MAX_DEPTH}"])
         if isinstance(event, yaml.ScalarEvent):
             node = Scalar(event.value, plain=event.style is None or event.style == "", line=line)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -108,8 +108,8 @@ class _Builder:
                 node.items.append(self._node(item, depth + 1))
         else:
             node = self._mapping(line, depth)
-        if getattr(event, "anchor", None):
-            self._anchors[event.anchor] = node  # known only now: an alias inside itself is not found
+        if anchor := getattr(event, "anchor", None):
+            self._anchors[anchor] = node  # known only now: an alias inside itself is not found
         return node
 
     def _mapping(self, line: int, depth: int) -> Map:
@@ -123,8 +123,13 @@ class _Builder:
                 first = node.items[key.text][0]
                 self._error(event, key.text, f"given twice (first in line {first}); keep one")
             else:
-                node.items[key.text] = (event.start_mark.line + 1, value)
+                node.items[key.text] = (_line(event), value)
         return node
 
     def _error(self, event: yaml.Event, key: str, message: str) -> None:
-        self.errors.append(f"{self._name}:{event.start_mark.line + 1}: {key}: {message}")
+        self.errors.append(f"{self._name}:{_line(event)}: {key}: {message}")
+
+
+def _line(event: yaml.Event) -> int:
+    """Return the line an event begins in, counted from 1."""
+    return event.start_mark.line + 1 if event.start_mark else 1

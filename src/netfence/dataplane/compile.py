@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from netfence.dataplane.layout import Layout
+from netfence.dataplane.links import obj_get, obj_pin
 from netfence.dataplane.maps import BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, Map, MapSpec, MapType
-from netfence.dataplane.sysbpf import obj_get, obj_pin
 
 SCHED_CLS, CGROUP_SKB, CGROUP_SOCK_ADDR = 3, 8, 18
 """`enum bpf_prog_type`."""

@@ -9,7 +9,14 @@ import errno
 import os
 
 from netfence.dataplane import probe
-from netfence.errors import ExhaustedError, ExistsError, NetfenceError, NotFoundError, PermissionDeniedError, PreconditionError
+from netfence.errors import (
+    ExhaustedError,
+    ExistsError,
+    NetfenceError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+)
 
 _ENOTSUPP = 524  # the kernel's own, never meant for user space; BPF returns it all the same
 
@@ -29,14 +36,16 @@ def why(error: OSError) -> str:
 
 
 def explain(tried: str, error: OSError, remedy: str = "") -> NetfenceError:
-    """Make the error for `tried` ("attach tc ingress on veth3"); `remedy` is used where the errno gives no better one."""
+    """Make the error for `tried` ("attach tc ingress on veth3"); `remedy` stands where the errno gives no better one."""
     head = f"{tried}: {why(error)}"
     code = error.errno or 0
     if code in _DENIED:
         missing = probe.missing_capabilities()
         if missing:
             return PermissionDeniedError(f"{head}; needs {' and '.join(missing)}")
-        return PermissionDeniedError(f"{head}; {remedy or 'a security module, a user namespace or kernel lockdown forbids it'}")
+        return PermissionDeniedError(
+            f"{head}; {remedy or 'a security module, a user namespace or kernel lockdown forbids it'}"
+        )
     if code in (errno.ENODEV, errno.ENOENT, errno.ENXIO):
         return NotFoundError(f"{head}; {remedy or 'it is gone'}")
     if code == errno.EEXIST:

@@ -1,7 +1,7 @@
 """BPF links, pins, program facts and test runs: thin typed calls over `sysbpf`.
 
-Owns the attribute layouts of the link, query, info, pin and test-run commands (`union bpf_attr`, include/uapi/linux/bpf.h,
-6.18). Refuses to know what our programs do, which hook they belong to, or how a failure is told to a user: every
+Owns the attribute layouts of the link, query, info, pin and test-run commands (`union bpf_attr` of kernel 6.18,
+include/uapi/linux/bpf.h). Refuses to know what our programs do, which hook they belong to, or how a failure is told to a user: every
 function raises OSError as the kernel gave it; `hooks/` turns that into an error with a remedy.
 
 Every returned descriptor is close-on-exec (the kernel does that for bpf objects) and belongs to the caller.
@@ -116,7 +116,7 @@ def link_create_cgroup(prog_fd: int, cgroup_fd: int, attach_type: AttachType) ->
 
 
 def link_update(link_fd: int, new_prog_fd: int, old_prog_fd: int | None = None) -> None:
-    """Replace the link's program between two packets; with `old_prog_fd` only when that one is attached (else EPERM)."""
+    """Replace the link's program between two packets; with `old_prog_fd` only if that one is attached (else EPERM)."""
     flags = 0 if old_prog_fd is None else F_REPLACE
     sysbpf.call(Cmd.LINK_UPDATE, _attr("IIII", link_fd, new_prog_fd, flags, old_prog_fd or 0))
 

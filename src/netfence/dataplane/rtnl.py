@@ -1,10 +1,9 @@
 """A small blocking rtnetlink client: requests, dumps, and the few messages this project reads.
 
-Own code instead of pyroute2 (a dependency all the same, for tests and tools) for three reasons found by trying 0.9.7:
-its `bpf` filter does not decode TCA_BPF_ID, so that a foreign filter in front of ours could not be named; its calls
-cannot be made while an event loop runs in the thread; it hides ENOBUFS, which the watcher must see. Besides, 0.03 ms
-instead of 0.4–1 ms per request and no 12 MB of modules. Source of the layouts: include/uapi/linux/{rtnetlink,
-if_link,if_addr,pkt_sched,pkt_cls}.h.
+Own code instead of pyroute2 for two reasons found by trying 0.9.7: its `bpf` filter does not decode TCA_BPF_ID, so that
+a foreign filter in front of ours could not be named, and its blocking calls cannot be made in a thread that runs an
+event loop. Besides it costs 12 MB of resident modules. Source of the layouts: include/uapi/linux/{rtnetlink,if_link,
+if_addr,pkt_sched,pkt_cls}.h.
 
 Owns sockets, framing, and the kernel's error text. Refuses to know what a link is good for: see target, clsact, watch.
 """
@@ -26,7 +25,7 @@ _RECEIVE_BYTES = 1 << 16  # a dump message is at most 32 KiB, a single link with
 _TIMEOUT_S = 10.0  # the kernel answers at once unless the rtnl lock is held; never hang a pool thread for ever
 _DUMP_TRIES = 5  # a dump that changed under our hands (NLM_F_DUMP_INTR) is taken again
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_ECHO, NLM_F_DUMP = 0x1, 0x4, 0x8, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 _NLM_F_DUMP_INTR, _NLM_F_ACK_TLVS = 0x10, 0x200
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3

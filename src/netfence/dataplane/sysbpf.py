@@ -11,7 +11,6 @@ import ctypes
 import enum
 import os
 import platform
-from pathlib import Path
 
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}[platform.machine()]
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,17 +56,3 @@ def call(cmd: Cmd, attr: ctypes.Structure | ctypes.Array[ctypes.c_char]) -> int:
         errno = ctypes.get_errno()
         raise OSError(errno, f"bpf {cmd.name}: {os.strerror(errno)}")
     return result
-
-
-class _PinAttr(ctypes.Structure):
-    _fields_ = [("pathname", ctypes.c_char_p), ("bpf_fd", ctypes.c_uint32), ("file_flags", ctypes.c_uint32)]  # noqa: RUF012
-
-
-def obj_pin(fd: int, path: Path) -> None:
-    """Pin a map, program or link at `path` on a bpffs; raises OSError (EEXIST, EPERM: not a bpffs)."""
-    call(Cmd.OBJ_PIN, _PinAttr(os.fsencode(path), fd, 0))
-
-
-def obj_get(path: Path) -> int:
-    """Open what is pinned at `path`; the caller owns the descriptor (close-on-exec). Raises OSError (ENOENT)."""
-    return call(Cmd.OBJ_GET, _PinAttr(os.fsencode(path), 0, 0))

@@ -37,6 +37,7 @@ from netfence.dns.wire import (
 )
 from netfence.policy.special import is_special
 
+LEARNED: Final = frozenset({A, AAAA, SVCB, HTTPS})  # question types whose answers carry addresses to learn
 IPV4HINT: Final = 4
 IPV6HINT: Final = 6
 HINT_LENGTH: Final = {IPV4HINT: 4, IPV6HINT: 16}
@@ -145,8 +146,8 @@ class _Scanner:
             raise WireError("RDATA runs past the end")
         self._offset = end
         if rtype == OPT:
-            if not extra or self._opt_at >= 0 or owner:
-                raise WireError("OPT in the wrong place")
+            if not extra or self._opt_at >= 0 or offset != begin + 1:
+                raise WireError("OPT in the wrong place, or not at the root")
             self._opt_at = begin
             self._opt_rcode = ttl >> 24
             return
@@ -215,13 +216,15 @@ class _Scanner:
             addresses=tuple(addresses),
             special=frozenset(self._special),
             ttl_s=least,
-            life_s=self._life(rcode, truncated=bool(flags & TC), positive=matched or self._has_other(counts)),
+            life_s=self._life(rcode, truncated=bool(flags & TC), positive=matched or self._unread(counts)),
             received=received,
         )
 
-    def _has_other(self, counts: tuple[int, int, int]) -> bool:
-        """Tell whether the answer section holds more than the chain: records of a type that we do not look into."""
-        return counts[0] > len(self._cnames) or self._qtype == CNAME
+    def _unread(self, counts: tuple[int, int, int]) -> bool:
+        """Tell whether the answer holds records of a type that was asked for and that we do not look into."""
+        if self._qtype in LEARNED:
+            return False
+        return counts[0] > len(self._cnames) or (self._qtype == CNAME and bool(self._cnames))
 
     def _follow(self) -> tuple[list[str], set[str], int]:
         """Return the chain's names after the question's, all its names as a set, and the least TTL on it."""

@@ -117,13 +117,14 @@ class Query:
     """A query that passed every check of its form.
 
     `question` is its question as sent, `key` the same with the name in lower case; `name` is the text form.
-    `limit` is the largest UDP reply in octets.
+    `rest` is the whole message but its id; `limit` is the largest UDP reply in octets.
     """
 
-    __slots__ = ("do", "edns", "flags", "id", "key", "limit", "name", "qtype", "question")
+    __slots__ = ("do", "edns", "flags", "id", "key", "limit", "name", "qtype", "question", "rest")
 
     def __init__(self, data: bytes, name: str, end: int, qtype: int) -> None:
         self.id = data[:2]
+        self.rest = data[2:]
         self.flags = data[2] << 8 | data[3]
         self.question = data[HEADER_LEN:end]
         # Only the name: 'A' in the type's octets is type 65.

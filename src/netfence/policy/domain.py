@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import idna
 
+from netfence.errors import ExhaustedError
 from netfence.policy.limits import MAX_DOMAIN_RULES, MAX_DOMAIN_TEXT, MAX_LABEL, MAX_NAME
 from netfence.policy.pmap import Builder, PersistentMap, empty_map
 from netfence.policy.prefix import shown
@@ -86,9 +87,7 @@ def _to_ascii(text: str, name: str) -> str:
         raise ValueError(f"{shown(text)} is not a domain: longer than {MAX_NAME} characters")
     try:
         mapped = idna.uts46_remap(name, std3_rules=False, transitional=False)
-        return ".".join(
-            label if label.isascii() else idna.alabel(label).decode("ascii") for label in mapped.split(".")
-        )
+        return ".".join(label if label.isascii() else idna.alabel(label).decode("ascii") for label in mapped.split("."))
     except (idna.IDNAError, UnicodeError) as error:
         raise ValueError(f"{shown(text)} is not a domain: {error}") from None
 
@@ -129,7 +128,7 @@ def _bit(rule: DomainRule) -> int:
 
 
 def _decisions(*tiers: tuple[RuleKind, ...]) -> tuple[tuple[RuleKind, bool] | None, ...]:
-    """Tabulate which rule decides for every set of rules that a name can have; kinds of one tier are equal: deny wins."""
+    """Tabulate which rule decides, for every set of rules at a name; kinds of one tier are equal: deny wins."""
     table: list[tuple[RuleKind, bool] | None] = []
     for bits in range(1 << 2 * _DENY_SHIFT):
         found = None
@@ -153,20 +152,15 @@ class DomainTable:
 
     __slots__ = ("_bits", "_len", "_max_labels")
 
-    def __init__(self) -> None:
-        self._bits: PersistentMap[str, int] = empty_map()
-        self._len = 0
-        self._max_labels = 0  # no rule has more labels: what a hostile name of 127 labels can cost
-
-    @classmethod
-    def _of(cls, bits: PersistentMap[str, int], length: int, max_labels: int) -> DomainTable:
-        table = cls.__new__(cls)
-        table._bits, table._len, table._max_labels = bits, length, max_labels
-        return table
+    def __init__(self, bits: PersistentMap[str, int] | None = None, length: int = 0, max_labels: int = 0) -> None:
+        """Take over the store, its number of rules, and the most labels that a rule has (or more)."""
+        self._bits: PersistentMap[str, int] = empty_map() if bits is None else bits
+        self._len = length
+        self._max_labels = max_labels  # what matching a hostile name of 127 labels can cost
 
     @classmethod
     def build(cls, rules: Iterable[DomainRule], *, expected: int = 0) -> DomainTable:
-        """Make a table. `expected` is about how many there are (only for speed). ValueError on too many."""
+        """Make a table. `expected` is about how many there are (only for speed). ExhaustedError on too many."""
         builder: Builder[str, int] = Builder(expected)
         max_labels = 0
         for rule in rules:
@@ -178,8 +172,8 @@ class DomainTable:
         bits = builder.build()
         length = sum(value.bit_count() for _, value in bits.pairs())
         if length > MAX_DOMAIN_RULES:
-            raise ValueError(f"{length} domain rules, and an attachment may have {MAX_DOMAIN_RULES}")
-        return cls._of(bits, length, max_labels)
+            raise ExhaustedError(f"{length} domain rules, and an attachment may have {MAX_DOMAIN_RULES}")
+        return cls(bits, length, max_labels)
 
     def __len__(self) -> int:
         return self._len
@@ -221,15 +215,15 @@ class DomainTable:
         return None if best is None else DomainRule(best_name, best[0], best[1])
 
     def with_(self, rule: DomainRule) -> DomainTable:
-        """Return the table with the rule added. ValueError when the table is full."""
+        """Return the table with the rule added. ExhaustedError when the table is full."""
         old = self._bits.get(rule.name, 0) or 0
         new = old | _bit(rule)
         if new == old:
             return self
         if self._len >= MAX_DOMAIN_RULES:
-            raise ValueError(f"{rule.domain}: the attachment has {MAX_DOMAIN_RULES} domain rules already")
+            raise ExhaustedError(f"{rule.domain}: the attachment has {MAX_DOMAIN_RULES} domain rules already")
         labels = rule.name.count(".") + 1 if rule.name else 0
-        return self._of(self._bits.changed({rule.name: new}), self._len + 1, max(self._max_labels, labels))
+        return DomainTable(self._bits.changed({rule.name: new}), self._len + 1, max(self._max_labels, labels))
 
     def without(self, name: str, *, below_only: bool) -> DomainTable:
         """Return the table without the rules, in both lists, that this text names: itself when there are none.
@@ -242,7 +236,7 @@ class DomainTable:
         if new == old:
             return self
         changes: Mapping[str, int | None] = {name: new or None}
-        return self._of(self._bits.changed(changes), self._len - (old ^ new).bit_count(), self._max_labels)
+        return DomainTable(self._bits.changed(changes), self._len - (old ^ new).bit_count(), self._max_labels)
 
     def rules(self) -> Iterator[DomainRule]:
         """Yield every rule; order not defined."""

@@ -1,7 +1,7 @@
 """Sorting a great many keys without holding the GIL for long.
 
 `sorted` on 100,000 random keys is one C call of some 30 ms, during which the event loop in the other thread stands
-still; 20 ms is all it may (issue 2). Here the keys are first dealt out to ranges by a sample, then each range is sorted.
+still; 20 ms is all it may (issue 2). Here the keys are first dealt out to ranges by a sample, and each range is sorted.
 """
 
 from __future__ import annotations

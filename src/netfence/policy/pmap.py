@@ -8,6 +8,7 @@ immutable, and a value is never None (`changed` means removal by it).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Generic, TypeVar, cast
 
@@ -56,7 +57,7 @@ class PersistentMap(Mapping[K, V]):
         if self._len != other._len:
             return False
         if self._mask == other._mask:
-            return all(ours is theirs or ours == theirs for ours, theirs in zip(self._shards, other._shards, strict=True))
+            return all(map(operator.eq, self._shards, other._shards))
         return all(other.get(key) == value for key, value in self.pairs())
 
     __hash__ = None  # type: ignore[assignment]  # compared by content, too big to be a key

@@ -23,7 +23,7 @@ def attach(prog_fd: int, ifindex: int, name: str, side: Side, pin: Path) -> None
     """Attach a loaded SCHED_CLS program in front of all others and pin the link at `pin`.
 
     `name` is the interface's, for messages. Raises NotFoundError (interface gone), ExistsError (pin taken),
-    PermissionDeniedError, ExhaustedError (64 programs in the chain), PreconditionError (kernel before 6.6). On failure
+    PermissionDeniedError, ExhaustedError (the chain is full: 63 programs), PreconditionError (kernel before 6.6). On failure
     nothing is attached.
     """
     try:
@@ -33,7 +33,9 @@ def attach(prog_fd: int, ifindex: int, name: str, side: Side, pin: Path) -> None
     try:
         links.obj_pin(link_fd, pin)
     except OSError as error:
-        raise explain(f"pin the tcx {side} link of {name} at {pin}", error, "bpffs_dir must be on a bpf mount") from error
+        raise explain(
+            f"pin the tcx {side} link of {name} at {pin}", error, "bpffs_dir must be on a bpf mount"
+        ) from error
     finally:
         os.close(link_fd)  # without a pin this was the last reference, and the program is off again
 
@@ -61,7 +63,7 @@ def detach(pin: Path) -> bool:
 
 
 def attached(pin: Path, ifindex: int, side: Side) -> bool:
-    """Tell whether the pinned link is in force on this very device (False once the device is gone, index reused or not)."""
+    """Tell whether the pinned link is in force on this very device; False once that is gone, its index reused or not."""
     try:
         info = links.pinned_link_info(pin)
     except OSError as error:

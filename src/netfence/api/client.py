@@ -1,0 +1,125 @@
+"""A blocking client of the local API, as the command line needs it.
+
+Tells apart the two ways in which a call fails: the daemon refused it (`RefusedError`, its own words), or no daemon
+answered (`UnreachableError`, with what is wrong with the socket). A thin layer: answers are the contract's messages.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
+
+import grpc
+from google.protobuf import empty_pb2
+
+from netfence.api.paging import MAX_SIZE
+from netfence.api.views import ANSWERED
+from netfence.v1 import daemon_pb2, daemon_pb2_grpc
+
+READ_TIMEOUT_S: Final = 10.0
+"""For list and status: they wait for nothing but the daemon itself."""
+
+CHANGE_TIMEOUT_S: Final = 120.0
+"""For attach and detach: longer than any sensible `control_plane.subscribe_ack_timeout`."""
+
+CONNECT_TIMEOUT_S: Final = 5.0
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class RefusedError(Exception):
+    """The daemon answered with an error; the text is the daemon's."""
+
+
+class UnreachableError(Exception):
+    """No daemon answered; the text says why and what to do."""
+
+
+class DaemonClient:
+    """A connection to the daemon; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Connect to the socket at `path`. Raises UnreachableError if nobody listens there."""
+        self._path = path.absolute()
+        self._probe()
+        self._channel = grpc.insecure_channel(f"unix:{quote(str(self._path))}")
+        self._stub = daemon_pb2_grpc.DaemonServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def attach(self, request: daemon_pb2.AttachRequest) -> daemon_pb2.AttachResponse:
+        """Fence a target."""
+        return self._call(self._stub.Attach, request, CHANGE_TIMEOUT_S)
+
+    def detach(self, attachment_id: str) -> None:
+        """Take a fence off."""
+        self._call(self._stub.Detach, daemon_pb2.DetachRequest(id=attachment_id), CHANGE_TIMEOUT_S)
+
+    def list_page(self, size: int, token: str = "") -> daemon_pb2.ListResponse:
+        """Return one page of attachments."""
+        return self._call(self._stub.List, daemon_pb2.ListRequest(page_size=size, page_token=token), READ_TIMEOUT_S)
+
+    def list_all(self, size: int = MAX_SIZE) -> Iterator[daemon_pb2.AttachmentInfo]:
+        """Yield every attachment, in pages of `size`."""
+        token = ""
+        while True:
+            page = self.list_page(size, token)
+            yield from page.attachments
+            token = page.next_page_token
+            if not token:
+                return
+
+    def status(self) -> daemon_pb2.DaemonStatus:
+        """Return the daemon's status."""
+        return self._call(self._stub.GetStatus, empty_pb2.Empty(), READ_TIMEOUT_S)
+
+    def _call(self, method: Callable[..., Response], request: Any, timeout_s: float) -> Response:  # noqa: ANN401
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            # What a failed blocking call raises is a Call too; the base class alone says nothing.
+            code, details, trailer = error.code(), error.details(), error.trailing_metadata()  # type: ignore[attr-defined]
+            if any(key == ANSWERED for key, _ in trailer or ()):
+                raise RefusedError(details) from None
+            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                why = f"the daemon did not answer within {timeout_s:g} s; see its log"
+            elif code == grpc.StatusCode.UNAVAILABLE:
+                why = "the daemon closed the connection; see its log, and whether it still runs"
+            else:  # made by gRPC itself: a full server, a peer that is no netfenced
+                why = f"{code.name}: {details}; check that netfenced serves this socket"
+            raise UnreachableError(f"call the daemon on {self._path}: {why}") from None
+
+    def _probe(self) -> None:
+        """Connect once by hand: gRPC would only say that it is unavailable, and not before some retries."""
+        what = f"connect to the daemon on {self._path}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(CONNECT_TIMEOUT_S)
+            try:
+                probe.connect(os.fspath(self._path))
+            except OSError as error:
+                raise UnreachableError(f"{what}: {_why(error)}") from None
+
+
+def _why(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return "no such socket; start the daemon with `netfenced start`, or name its socket with --socket"
+        case errno.ECONNREFUSED:
+            return "nobody listens on it; start the daemon with `netfenced start`"
+        case errno.EACCES | errno.EPERM:
+            return "permission denied; run as root, or set `socket_group` to a group that you are in"
+        case _:
+            return f"{str(error).lower()}; check the path given with --socket"

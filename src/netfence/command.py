@@ -1,0 +1,166 @@
+"""What all commands of `netfenced` share: exit statuses, the form of errors, output, options, completion.
+
+With `cli` the only place that prints. Heavy imports (gRPC, rich) happen where they are needed: `--help`, `--version` and
+bad usage stay instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from netfence.api.client import DaemonClient
+
+DEFAULT_SOCKET: Final = "/var/run/netfence.sock"
+
+FAILED: Final = 1
+USAGE: Final = 2
+UNREACHABLE: Final = 3
+INTERRUPTED: Final = 130
+
+
+class CommandError(Exception):
+    """A command failed: the lines for stderr and the exit status."""
+
+    def __init__(self, lines: Sequence[str], status: int = FAILED) -> None:
+        self.lines = lines
+        self.status = status
+        super().__init__("\n".join(lines))
+
+
+class Commands(click.Group):
+    """The group with our form of errors and exit statuses in place of click's."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's signature
+        """Run a command and end the process with its exit status."""
+        kwargs.pop("standalone_mode", None)
+        try:
+            status = super().main(*args, standalone_mode=False, **kwargs)
+            sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            status = USAGE
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "netfenced"
+            what = path.removeprefix("netfenced").strip()
+            complain(f"{what + ': ' if what else ''}{_sentence(error.format_message())}; see `{path} --help`")
+            status = USAGE
+        except click.ClickException as error:
+            complain(error.format_message())
+            status = error.exit_code
+        except CommandError as error:
+            for line in error.lines:
+                complain(line)
+            status = error.status
+        except click.Abort:
+            status = INTERRUPTED
+        except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python's own flush at exit quiet
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = FAILED
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def examples(text: str) -> str:
+    """Return an epilog of examples that click does not wrap."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines())
+
+
+def complain(line: str) -> None:
+    from netfence.render import printable  # noqa: PLC0415
+
+    click.echo(f"netfenced: {printable(line)}", err=True)
+
+
+def _sentence(text: str) -> str:
+    """Return click's message in our form: it begins small and ends without a full stop."""
+    text = " ".join(text.split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+@contextmanager
+def connected() -> Iterator[DaemonClient]:
+    """Give a connected client; its errors become ours."""
+    from netfence.api.client import DaemonClient, RefusedError, UnreachableError  # noqa: PLC0415
+
+    path = Path(click.get_current_context().find_root().params["socket"])
+    try:
+        with DaemonClient(path) as client:
+            yield client
+    except RefusedError as error:
+        raise CommandError([str(error)]) from None
+    except UnreachableError as error:
+        raise CommandError([str(error)], UNREACHABLE) from None
+
+
+def show_rows(rows: list[Sequence[str]], head: Sequence[str] | None = None) -> None:
+    """Print rows as a table on a terminal, as plain columns elsewhere."""
+    from netfence import render  # noqa: PLC0415
+
+    if sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415
+
+        Console().print(render.table(rows, head))
+    else:
+        click.echo(render.columns(rows, head))
+
+
+def show_json(document: object) -> None:
+    from netfence.render import json_text  # noqa: PLC0415
+
+    click.echo(json_text(document))
+
+
+def complete_id(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the ids of the running daemon, with their targets; nothing if it cannot be asked."""
+    socket = ctx.find_root().params.get("socket") or DEFAULT_SOCKET
+    try:
+        from netfence.api.client import DaemonClient  # noqa: PLC0415
+
+        with DaemonClient(Path(socket)) as client:
+            infos = list(client.list_all())
+    except Exception:  # noqa: BLE001 - completion has nowhere to complain
+        return []
+    return [CompletionItem(info.id, help=info.target) for info in infos if info.id.startswith(incomplete)]
+
+
+def complete_interface(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir("/sys/class/net") if name.startswith(incomplete))  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def parse_metadata(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """Turn ``k=v[,k=v]`` options into one mapping; a bad one is bad usage."""
+    from netfence.api.metadata import metadata_errors  # noqa: PLC0415
+
+    metadata: dict[str, str] = {}
+    for pair in (pair for value in values for pair in value.split(",")):
+        key, equals, content = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not of the form key=value")
+        if key in metadata:
+            raise click.BadParameter(f"key {key!r} is given twice")
+        metadata[key] = content
+    if errors := metadata_errors(metadata):
+        raise click.BadParameter("; ".join(errors))
+    return metadata
+
+
+json_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document."
+)
+config_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Configuration file (YAML).",
+)

@@ -1,0 +1,58 @@
+"""The `counters` map: packets and bytes per slot and reason, summed over CPUs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from netfence.dataplane.layout import Layout
+from netfence.dataplane.maps import Map, possible_cpus
+from netfence.policy.modes import FIRST_DROP, REASON_COUNT
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What passed and what was dropped, indexed by `Reason`; `would_*`: what audit mode let pass all the same."""
+
+    packets: tuple[int, ...]
+    bytes: tuple[int, ...]
+    would_packets: tuple[int, ...]
+    would_bytes: tuple[int, ...]
+
+    @property
+    def allowed(self) -> tuple[int, int]:
+        """Packets and bytes that passed, audited ones included."""
+        return (
+            sum(self.packets[:FIRST_DROP]) + sum(self.would_packets),
+            sum(self.bytes[:FIRST_DROP]) + sum(self.would_bytes),
+        )
+
+    @property
+    def blocked(self) -> tuple[int, int]:
+        """Packets and bytes that were dropped."""
+        return sum(self.packets[FIRST_DROP:]), sum(self.bytes[FIRST_DROP:])
+
+
+class CounterMap:
+    """Reads and clears a slot's counters."""
+
+    def __init__(self, counters: Map, layout: Layout) -> None:
+        self._map = counters
+        self._words = layout.sizes["counters"] // 8
+        fields = layout.fields["counters"]
+        self._at = [fields[name].offset // 8 for name in ("packets", "bytes", "would_packets", "would_bytes")]
+
+    def read(self, slot: int) -> Counters:
+        """Sum the counters of all CPUs."""
+        raw = self._map.lookup(slot.to_bytes(4, sys.byteorder))
+        if raw is None:
+            message = f"slot {slot} has no counters"
+            raise LookupError(message)
+        words = memoryview(raw).cast("Q")
+        cpus = [words[at : at + self._words].tolist() for at in range(0, len(words), self._words)]
+        total = [sum(column) for column in zip(*cpus, strict=True)]
+        return Counters(*(tuple(total[at : at + REASON_COUNT]) for at in self._at))
+
+    def clear(self, slot: int) -> None:
+        """Set all to zero, for the next attachment of this slot."""
+        self._map.update(slot.to_bytes(4, sys.byteorder), bytes(self._words * 8 * possible_cpus()))

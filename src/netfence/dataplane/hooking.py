@@ -1,0 +1,115 @@
+"""Which programs go onto which hooks of a target, in which order, under which pins.
+
+Owns the choice between tcx and clsact and the names under ``links/``. Everything here blocks (tcx waits for RCU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from netfence.dataplane import links
+from netfence.dataplane.cgroups import CgroupTarget
+from netfence.dataplane.hooks import cgroup, clsact, tcx
+from netfence.dataplane.loader import Loaded
+from netfence.dataplane.target import Direction, InterfaceTarget, side_of
+
+MAIN, INBOUND, QDISC = "main", "inbound", "qdisc"
+CGROUP_PROGRAMS = {
+    "connect4": "nf_connect4",
+    "connect6": "nf_connect6",
+    "sendmsg4": "nf_sendmsg4",
+    "sendmsg6": "nf_sendmsg6",
+    "egress": "nf_cgroup_egress",
+}
+"""Hook → program; the packet filter last, because the slot must be in the cgroup's storage by then."""
+
+
+class Hooks:
+    """Puts the loaded programs onto targets; pins are ``<directory>/<attachment>-<hook>``."""
+
+    CGROUP = cgroup.MECHANISM
+
+    def __init__(self, loaded: Loaded, directory: Path, *, tcx: bool) -> None:
+        self._programs, self._directory, self._tcx = loaded.programs, directory, tcx
+
+    def attach_interface(self, target: InterfaceTarget, direction: Direction, name: str) -> str:
+        """Put the filter onto the side where the workload's packets pass; return the mechanism."""
+        side = side_of(direction)
+        if self._tcx:
+            tcx.attach(self._programs["nf_tc"], target.ifindex, target.name, side, self._pin(name, MAIN))
+            return tcx.MECHANISM
+        clsact.attach(self._programs["nf_tc"], target.ifindex, target.name, side, self._pin(name, QDISC))
+        self._mark(name)
+        return clsact.MECHANISM
+
+    def interface_attached(self, target: InterfaceTarget, direction: Direction, name: str) -> bool:
+        """Tell whether our filter is in force on this very device."""
+        side = side_of(direction)
+        if self._tcx:
+            return tcx.attached(self._pin(name, MAIN), target.ifindex, side)
+        return clsact.attached(target.ifindex, side) is not None
+
+    def detach_interface(self, target: InterfaceTarget, name: str) -> None:
+        """Take both programs off; idempotent."""
+        if self._tcx:
+            for hook in (MAIN, INBOUND):
+                tcx.detach(self._pin(name, hook))
+            return
+        for direction in Direction:
+            clsact.detach(target.ifindex, side_of(direction), self._pin(name, QDISC))
+        self._pin(name, MAIN).unlink(missing_ok=True)
+
+    def attach_cgroup(self, target: CgroupTarget, name: str, *, first: bool) -> None:
+        """Attach `connect4` alone (`first`), or the others; programs in place already are left alone."""
+        for hook, program in CGROUP_PROGRAMS.items():
+            if (hook == "connect4") == first and not cgroup.attached(self._pin(name, hook), target.cgroup_id):
+                pin = self._pin(name, hook)
+                cgroup.attach(self._programs[program], target.fd, target.path, cgroup.ATTACH_TYPES[hook], pin)
+
+    def cgroup_attached(self, target: CgroupTarget, name: str) -> bool:
+        """Tell whether every program is in force on this very cgroup."""
+        return all(cgroup.attached(self._pin(name, hook), target.cgroup_id) for hook in CGROUP_PROGRAMS)
+
+    def detach_cgroup(self, name: str) -> None:
+        """Take all programs off; idempotent."""
+        for hook in (*CGROUP_PROGRAMS, INBOUND):
+            cgroup.detach(self._pin(name, hook))
+
+    def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
+        """Put the program that notes connections begun from outside onto the opposite hook."""
+        pin = self._pin(name, INBOUND)
+        if isinstance(target, CgroupTarget):
+            if not cgroup.attached(pin, target.cgroup_id):
+                program = self._programs["nf_cgroup_inbound"]
+                cgroup.attach(program, target.fd, target.path, cgroup.ATTACH_TYPES["ingress"], pin)
+            return
+        side = side_of(direction or Direction.WORKLOAD).opposite
+        if not self._tcx:
+            clsact.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, self._pin(name, QDISC))
+        elif not tcx.attached(pin, target.ifindex, side):
+            tcx.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, pin)
+
+    def in_front(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> list[str]:
+        """Describe the foreign programs that see packets before ours."""
+        del name
+        if isinstance(target, CgroupTarget):
+            ours = links.prog_info(self._programs["nf_cgroup_egress"]).id
+            return [str(one) for one in cgroup.in_front(target.fd, cgroup.ATTACH_TYPES["egress"], ours)]
+        ours = links.prog_info(self._programs["nf_tc"]).id
+        module = tcx if self._tcx else clsact
+        return [str(one) for one in module.in_front(target.ifindex, side_of(direction or Direction.WORKLOAD), ours)]
+
+    def _pin(self, name: str, hook: str) -> Path:
+        return self._directory / f"{name}-{hook}"
+
+    def _mark(self, name: str) -> None:
+        """Pin the program where a link would be: clsact filters have no pin, and the directory must tell what is in force."""
+        with contextlib.suppress(FileExistsError):
+            links.obj_pin(self._programs["nf_tc"], self._pin(name, MAIN))
+
+    def close(self) -> None:
+        """Close the program descriptors."""
+        for fd in self._programs.values():
+            os.close(fd)

@@ -1,0 +1,453 @@
+"""The data plane: one set of programs and maps, attachments told apart by a small integer, the slot.
+
+Owns slots, the word that switches a slot's policy, and the order in which hooks, maps and pins come and go: whatever
+the order is interrupted by, nothing passes that should not. Refuses to know names, DNS, control planes and storage.
+Methods are for the event loop; what blocks runs in a few worker threads of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import functools
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from netfence.dataplane import links, loader, probe
+from netfence.dataplane.cgroups import CgroupTarget
+from netfence.dataplane.clock import Clock
+from netfence.dataplane.config import ConfigMap, Static, network_port
+from netfence.dataplane.counters import Counters, CounterMap
+from netfence.dataplane.failure import explain
+from netfence.dataplane.hooking import Hooks
+from netfence.dataplane.leases import InboundMap, LeaseMap, kernel_address
+from netfence.dataplane.loader import Loaded
+from netfence.dataplane.rules import RuleTables
+from netfence.dataplane.target import Direction, InterfaceTarget
+from netfence.errors import ExhaustedError, NetfenceError, PreconditionError
+from netfence.policy.cidr import Entry, Key
+from netfence.policy.limits import MAX_ATTACHMENTS
+from netfence.policy.modes import Mode
+from netfence.policy.policy import Policy
+from netfence.tasks import finish
+
+__all__ = ["Counters", "DataPlane", "Static"]
+
+WORKERS = 4
+"""Threads for calls that wait for RCU: four attaches at once, and more gain nothing, they share the grace period."""
+
+IN_PLACE = 256
+"""Differences between two tables looked at before a new table is made anyway."""
+
+SCAN_EVERY_S = 5.0
+"""How old the walk over the lease map may be that several slots' sweeps share."""
+
+Target = InterfaceTarget | CgroupTarget
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What the kernel's word of a slot says now."""
+
+    index: int = 0  # policy index; 0: no rules
+    mode: Mode = Mode.BLOCK_ALL
+    audit: bool = False
+    start: bool = True
+    rules4: bool = False
+    rules6: bool = False
+    leases: bool = False
+
+
+class DataPlane:
+    """See the module. Make one with `open`; only one per `bpffs_dir` at a time."""
+
+    def __init__(self, loaded: Loaded, bpffs_dir: Path, lock_fd: int, start_mode: Mode, *, tcx: bool) -> None:
+        self._loaded, self._bpffs_dir, self._lock_fd, self._start_mode = loaded, bpffs_dir, lock_fd, start_mode
+        maps, layout = loaded.maps, loaded.layout
+        clock_memory = memoryview(maps["clock"].memory()).cast("Q")
+
+        def read_clock() -> int:
+            links.prog_test_run(loaded.programs["nf_clock"], bytes(14))
+            return clock_memory[0]
+
+        self.clock = Clock(read_clock, probe.hz())
+        self.config = ConfigMap(maps["config"], layout, self.clock)
+        self._rules = RuleTables(maps, layout, self.clock)
+        self._leases = LeaseMap(maps["leases"], layout, self.clock)
+        self._inbound = InboundMap(maps["inbound"], maps["inbound_count"], layout, self.clock)
+        self._counters = CounterMap(maps["counters"], layout)
+        self._endpoint = layout.packer("endpoint", "address", "port")
+        self._hooks = Hooks(loaded, bpffs_dir / "links", tcx=tcx)
+        self._slots: dict[int, _Slot] = {}
+        self._free = set(range(1, min(layout.constants["SLOTS"], MAX_ATTACHMENTS + 1)))
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dataplane")
+        self._to_release: list[int] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._inbound_hooks: dict[str, asyncio.Task[None]] = {}
+        self._dead: dict[int, set[bytes]] = {}
+        self._scanned = float("-inf")
+        self._scan_lock = asyncio.Lock()
+        self._longest: dict[int, tuple[float, float]] = {}
+        self._endpoints: dict[int, bytes] = {}
+        self.features: Mapping[str, str] = probe.features(bpffs_dir)
+        self.kernel_release = os.uname().release
+        self._write_word(0, _Slot(mode=start_mode))
+
+    @classmethod
+    async def open(
+        cls, bpffs_dir: Path, data_dir: Path, start_mode: Mode, *, max_leases_total: int, tcx: bool | None = None
+    ) -> DataPlane:
+        """Check the host, lock `bpffs_dir`, load or take over programs and maps.
+
+        `tcx` False forces clsact, None chooses by what the kernel has. Raises PreconditionError (kernel, bpffs, a second
+        daemon, compile errors), PermissionDeniedError.
+        """
+
+        def blocking() -> tuple[Loaded, int]:
+            probe.require_bpffs(bpffs_dir)
+            lock_fd = _lock(bpffs_dir)
+            try:
+                return loader.load(bpffs_dir, data_dir, max_leases_total), lock_fd
+            except BaseException:
+                os.close(lock_fd)
+                raise
+
+        loaded, lock_fd = await asyncio.to_thread(blocking)
+        has_tcx = probe.kernel_features()["tcx"] == "yes" if tcx is None else tcx
+        plane = cls(loaded, bpffs_dir, lock_fd, start_mode, tcx=has_tcx)
+        await plane._run(plane._rules.refill)
+        return plane
+
+    # -- slots ------------------------------------------------------------------------------------------------------
+
+    def allocate_slot(self) -> int:
+        """Reserve a slot; raises ExhaustedError when all are taken."""
+        if not self._free:
+            message = f"attach: {MAX_ATTACHMENTS} attachments are the limit of one daemon; detach something"
+            raise ExhaustedError(message)
+        slot = min(self._free)
+        self._free.discard(slot)
+        return slot
+
+    def claim_slot(self, slot: int) -> None:
+        """Reserve the slot of an attachment that outlived the last daemon; raises PreconditionError when it is taken."""
+        if slot not in self._free:
+            message = f"take over slot {slot}: it belongs to another attachment; the stored state is damaged"
+            raise PreconditionError(message)
+        self._free.discard(slot)
+
+    def free_slot(self, slot: int) -> None:
+        """Give a slot back whose attachment is detached (or never was attached)."""
+        self._slots.pop(slot, None)
+        self._free.add(slot)
+
+    # -- attach and detach ------------------------------------------------------------------------------------------
+
+    async def attach(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> str:
+        """Put the hooks in place with `start_mode`; return the mechanism. On failure nothing of it is left.
+
+        `direction` is None for a cgroup; `name` names the pins. Raises what the hooks raise (`netfence.errors`).
+        """
+        self._slots[slot] = _Slot(mode=self._start_mode)
+        try:
+            self._write_maps(slot, static)
+            if isinstance(target, CgroupTarget):
+                await self._run(lambda: self._attach_cgroup(slot, target, name))
+                mechanism = self._hooks.CGROUP
+            else:
+                self._set_interface(target.ifindex, slot)
+                side = direction or Direction.WORKLOAD
+                mechanism = await self._run(lambda: self._hooks.attach_interface(target, side, name))
+        except BaseException:
+            await self._undo(slot, target, name)
+            raise
+        if static.replies != "off":
+            self._inbound_hooks[name] = self._spawn(self._attach_inbound(target, direction, name), f"inbound {name}")
+        return mechanism
+
+    async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
+        """Take over what a daemon before us attached; False when a hook was gone and had to be put back."""
+        state = self._slots[slot] = self._read_word(slot)
+        if state.index:
+            self._rules.claim(state.index)
+        self._write_maps(slot, static, word=False)
+        if isinstance(target, CgroupTarget):
+            whole = await self._run(lambda: self._hooks.cgroup_attached(target, name))
+            await self._run(lambda: self._attach_cgroup(slot, target, name))
+        else:
+            self._set_interface(target.ifindex, slot)
+            side = direction or Direction.WORKLOAD
+            whole = await self._run(lambda: self._hooks.interface_attached(target, side, name))
+            if not whole:
+                await self._run(lambda: self._hooks.attach_interface(target, side, name))
+        if static.replies != "off":
+            self._inbound_hooks[name] = self._spawn(self._attach_inbound(target, direction, name), f"inbound {name}")
+        return whole
+
+    async def detach(self, slot: int, target: Target, name: str) -> None:
+        """Take the hooks off and clear all of the slot's map entries; idempotent, also where the target is gone."""
+        pending = self._inbound_hooks.pop(name, None)
+        if pending is not None:
+            await asyncio.wait([pending])
+        state = self._slots.get(slot, _Slot())
+        if isinstance(target, CgroupTarget):
+            # Storage outlives the links and would come back with the next attach: back to start_mode first.
+            await self._run(lambda: self._set_cgroup(target, 0))
+            await self._run(lambda: self._hooks.detach_cgroup(name))
+        else:
+            await self._run(lambda: self._hooks.detach_interface(target, name))
+            if self._interface_slot(target.ifindex) == slot:
+                self._set_interface(target.ifindex, 0)
+        await self._run(lambda: self._clear(slot))
+        self._slots[slot] = _Slot(mode=self._start_mode)
+        if state.index:
+            self._give_back(state.index)
+
+    async def close(self, *, detach: bool) -> None:
+        """Let go; with `detach` remove every pin and map, else everything stays in force in the kernel."""
+        for task in list(self._tasks):
+            await asyncio.wait([task])
+        self._pool.shutdown(wait=True)
+        if detach:
+            loader.unload(self._bpffs_dir)
+        os.close(self._lock_fd)
+
+    def front(self, target: Target, direction: Direction | None, name: str) -> list[str]:
+        """Describe foreign programs that see packets before ours and could pass them around us. Blocks."""
+        return self._hooks.in_front(target, direction, name)
+
+    # -- policy -----------------------------------------------------------------------------------------------------
+
+    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
+        """Switch a slot to `policy` between two packets; `old` is what it has now (None: not known).
+
+        Raises ExhaustedError and OSError-born errors with the old policy in force, untouched.
+        """
+        state = self._slots[slot]
+        now = self.clock.seconds(self.clock.now())
+        changes = self._small_change(state, policy, old, now)
+        try:
+            if changes is not None:
+                self._rules.change(state.index, changes)
+                index = state.index
+            else:
+                index = await self._run(lambda: self._rules.place(policy.cidrs, now)) if len(policy.cidrs) else 0
+        except OSError as error:
+            raise explain(f"write {len(policy.cidrs)} rules to the kernel", error) from error
+        before = state.index
+        state.index, state.mode, state.audit, state.start = index, policy.mode, policy.audit, False
+        state.rules4, state.rules6 = policy.cidrs.size_of(4) > 0, policy.cidrs.size_of(16) > 0
+        self._write_word(slot, state)  # the switch
+        if before not in (0, index):
+            self._give_back(before)
+
+    def _small_change(
+        self, state: _Slot, policy: Policy, old: Policy | None, now: float
+    ) -> list[tuple[Key, Entry | None]] | None:
+        """List the changes to make in the tables in force, when that is as atomic as a switch; None: make new tables."""
+        if old is None or state.start:
+            return None
+        changes: list[tuple[Key, Entry | None]] = []
+        felt = 0
+        for key, entry in policy.cidrs.changes_since(old.cidrs):
+            was = old.cidrs.entries.get(key)
+            felt += (was.live(now) if was else None) != (entry.live(now) if entry else None)
+            changes.append((key, entry))
+            if felt > 1 or len(changes) > IN_PLACE:
+                return None
+        if not changes:
+            return changes
+        same_word = (policy.mode, policy.audit) == (state.mode, state.audit)
+        return changes if state.index and (same_word or not felt) else None
+
+    # -- leases -----------------------------------------------------------------------------------------------------
+
+    def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
+        """Let packets to these packed addresses pass until `expiry` (monotonic seconds); microseconds each.
+
+        Raises ExhaustedError when the table is full; then none of the new ones is open.
+        """
+        state = self._slots[slot]
+        self._leases.open(slot, addresses, expiry)
+        if not state.leases:
+            state.leases = True
+            self._write_word(slot, state)
+
+    def close_leases(self, slot: int, addresses: Iterable[bytes]) -> None:
+        """Stop passing packets to these packed addresses."""
+        self._leases.close(slot, addresses)
+
+    async def sweep(self, slot: int) -> set[bytes]:
+        """Remove the slot's leases that pass nothing any more, return their addresses; also idle inbound connections."""
+        async with self._scan_lock:
+            loop = asyncio.get_running_loop()
+            if loop.time() - self._scanned > SCAN_EVERY_S:
+                idle, longest = self._longest_times()
+                now = self.clock.now()
+                self._dead = await self._run(lambda: self._leases.scan(idle, longest, now))
+                handshake = self.config.handshake_idle
+                await self._run(lambda: self._inbound.sweep(idle, handshake, now))
+                self._scanned = loop.time()
+        idle, longest = self._longest_times()
+        return self._leases.remove_dead(slot, self._dead.pop(slot, set()), idle, longest, self.clock.now())
+
+    def _longest_times(self) -> tuple[int, int]:
+        times = list(self._longest.values()) or [(0.0, 0.0)]
+        return self.clock.span(max(idle for idle, _ in times)), self.clock.span(max(longest for _, longest in times))
+
+    # -- the rest ---------------------------------------------------------------------------------------------------
+
+    def counters(self, slot: int) -> Counters:
+        """Read the slot's packets and bytes by reason."""
+        return self._counters.read(slot)
+
+    def set_own_addresses(self, slot: int, addresses: Sequence[bytes]) -> None:
+        """Replace the addresses that neighbour discovery may ask of this interface."""
+        self.config.write_own(slot, addresses)
+
+    def set_host_addresses(self, addresses: Iterable[bytes]) -> None:
+        """Replace the addresses of this host that `allow_replies: host` knows (packed)."""
+        table = self._loaded.maps["host_addresses"]
+        wanted = {kernel_address(address) for address in addresses}
+        there = set(table.keys())
+        for gone in there - wanted:
+            table.delete(gone)
+        for new in wanted - there:
+            table.update(new, bytes(4))
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _write_maps(self, slot: int, static: Static, *, word: bool = True) -> None:
+        if word:
+            self._write_word(slot, self._slots[slot])
+        self.config.write(slot, static)
+        self._longest[slot] = (static.established_idle_s, static.established_max_s)
+        key = self._endpoint.pack(kernel_address(static.dns_address), network_port(static.dns_port))
+        self._loaded.maps["dns_endpoints"].update(key, _word(slot))
+        self._endpoints[slot] = key
+
+    def _clear(self, slot: int) -> None:
+        endpoint = self._endpoints.pop(slot, None)
+        if endpoint is not None:
+            self._loaded.maps["dns_endpoints"].delete(endpoint)
+        self._leases.clear(slot)
+        self._inbound.sweep(0, 0, 0, slot=slot)
+        self._counters.clear(slot)
+        self.config.clear(slot)
+        self._longest.pop(slot, None)
+
+    def _interface_map(self, ifindex: int) -> str:
+        return "if_slot" if ifindex < self._loaded.layout.constants["DIRECT_IFINDEX"] else "if_slot_far"
+
+    def _interface_slot(self, ifindex: int) -> int:
+        found = self._loaded.maps[self._interface_map(ifindex)].lookup(_word(ifindex))
+        return int.from_bytes(found[:4], sys.byteorder) if found else 0
+
+    def _set_interface(self, ifindex: int, slot: int) -> None:
+        table = self._loaded.maps[self._interface_map(ifindex)]
+        if slot or self._interface_map(ifindex) == "if_slot":
+            table.update(_word(ifindex), _word(slot))
+        else:
+            table.delete(_word(ifindex))
+
+    def _attach_cgroup(self, slot: int, target: CgroupTarget, name: str) -> None:
+        # Storage appears with the first program and keeps an old value: connect4, then the slot, then what enforces.
+        self._hooks.attach_cgroup(target, name, first=True)
+        self._set_cgroup(target, slot)
+        self._hooks.attach_cgroup(target, name, first=False)
+
+    def _set_cgroup(self, target: CgroupTarget, slot: int) -> None:
+        try:
+            self._loaded.maps["cgroup_slot"].update(target.cgroup_id.to_bytes(8, sys.byteorder), _word(slot))
+        except FileNotFoundError:
+            if slot:
+                raise
+
+    async def _undo(self, slot: int, target: Target, name: str) -> None:
+        try:
+            await finish(self.detach(slot, target, name), f"undo attach {name}")
+        except (NetfenceError, OSError) as error:
+            # What is left judges by start_mode; the slot stays taken as long as the daemon runs.
+            log.error("attach_not_undone", attachment=name, error=str(error))
+
+    async def _attach_inbound(self, target: Target, direction: Direction | None, name: str) -> None:
+        try:
+            await self._run(lambda: self._hooks.attach_inbound(target, direction, name))
+        except Exception as error:  # noqa: BLE001 - the fence holds without it; replies do not pass
+            log.warning("inbound_hook_failed", attachment=name, error=str(error), effect="replies are dropped")
+
+    def _write_word(self, slot: int, state: _Slot) -> None:
+        bit = self._loaded.layout.constants
+        word = state.index | state.mode << bit["ACTIVE_MODE_SHIFT"]
+        word |= bit["ACTIVE_RULES4"] * state.rules4 | bit["ACTIVE_RULES6"] * state.rules6
+        word |= bit["ACTIVE_LEASES"] * state.leases | bit["ACTIVE_AUDIT"] * state.audit | bit["ACTIVE_START"] * state.start
+        self.config.switch(slot, word)
+
+    def _read_word(self, slot: int) -> _Slot:
+        bit = self._loaded.layout.constants
+        word = self.config.word(slot)
+        mode = word >> bit["ACTIVE_MODE_SHIFT"] & 0xFF
+        return _Slot(
+            index=word & 0xFFFF,
+            mode=Mode(mode) if mode in set(Mode) else Mode.BLOCK_ALL,
+            audit=bool(word & bit["ACTIVE_AUDIT"]),
+            start=bool(word & bit["ACTIVE_START"]),
+            rules4=bool(word & bit["ACTIVE_RULES4"]),
+            rules6=bool(word & bit["ACTIVE_RULES6"]),
+            leases=True,
+        )
+
+    def _give_back(self, index: int) -> None:
+        self._to_release.append(index)
+        if len(self._to_release) == 1:
+            self._spawn(self._release(), "release policies")
+
+    async def _release(self) -> None:
+        while self._to_release:
+            batch = list(self._to_release)
+            try:
+                await self._run(functools.partial(self._rules.release, batch))
+            finally:
+                del self._to_release[: len(batch)]  # on failure lost until the next start, never reused while in doubt
+        await self._run(self._rules.refill)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background_work_failed", task=task.get_name(), error=str(error))
+
+
+def _word(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
+
+
+def _lock(bpffs_dir: Path) -> int:
+    """Hold `bpffs_dir` for ourselves while the descriptor is open; raises PreconditionError when another has it."""
+    bpffs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock_fd = os.open(bpffs_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock_fd)
+        message = f"lock {bpffs_dir}: another netfenced uses it; stop that one or set bpffs_dir"
+        raise PreconditionError(message) from error
+    return lock_fd

@@ -1,0 +1,157 @@
+"""Rule tables in the kernel: one LPM trie per policy and family, switched by policy index.
+
+Owns the free policy indices and what stands in the maps of maps under them. Refuses to know slots and modes: plane.py
+writes the index that `place` returns into a slot's word, and gives the old index back to `release`.
+
+An update of a map of maps waits for RCU, 12–16 ms. So that no attach and no switch waits for it, a few indices stand
+ready with empty tries in them; `release` refills in the background of whoever calls it (a worker thread). All methods
+may run in worker threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+
+from netfence.dataplane.clock import Clock
+from netfence.dataplane.layout import Layout
+from netfence.dataplane.maps import Map, MapSpec
+from netfence.errors import ExhaustedError
+from netfence.policy.cidr import CidrTable, Entry, Key
+
+READY = 16
+"""Policy indices kept with empty tries: what is attached or replaced at one moment, before the next refill."""
+
+CHUNK = 4096
+"""Rules packed between two chances for other threads to run."""
+
+FENCE_INDEX = 0
+"""No policy has it: updating it is how we wait until no packet uses an index given back."""
+
+SIZES = {4: "rules4", 16: "rules6"}
+"""Address size in bytes → outer map."""
+
+
+class RuleTables:
+    """Every policy's rules in the kernel."""
+
+    def __init__(self, maps: dict[str, Map], layout: Layout, clock: Clock) -> None:
+        self._outer = {size: maps[name] for size, name in SIZES.items()}
+        self._clock = clock
+        self._rule = layout.packer("rule", "allow", "deny", "length")
+        self._free = set(range(1, layout.constants["POLICIES"]))
+        self._ready: list[int] = []
+        self._lock = threading.Lock()
+
+    def claim(self, index: int) -> None:
+        """Note that a policy in force (found after a restart) has this index."""
+        with self._lock:
+            self._free.discard(index)
+
+    def place(self, table: CidrTable, now: float) -> int:
+        """Put a table into tries of its own and return its policy index; in force only once a slot names it.
+
+        Raises ExhaustedError (no index left) and OSError (ENOMEM, ENOSPC), and then nothing is left behind.
+        """
+        index = self._take()
+        try:
+            for size in self._outer:
+                if table.size_of(size):
+                    self._fill(self._inner(size, index), table.compiled(size, now))
+        except BaseException:
+            self.release([index])
+            raise
+        return index
+
+    def change(self, index: int, changes: Iterable[tuple[Key, Entry | None]]) -> None:
+        """Set or remove single rules in the tries of a policy in force; each takes effect by itself."""
+        for key, entry in changes:
+            inner = self._inner(len(key) - 1, index)
+            if entry is None:
+                inner.delete(_trie_key(key))
+            else:
+                inner.update(_trie_key(key), self._pack(entry.allow, entry.deny, key[-1]))
+
+    def release(self, indices: list[int]) -> None:
+        """Give back indices that no slot names any more: waits until no packet uses them, then empties them."""
+        if not indices:
+            return
+        self._install([FENCE_INDEX])  # waits for RCU
+        self._install(indices)
+        with self._lock:
+            self._ready += indices
+
+    def refill(self) -> None:
+        """Make indices ready when few are."""
+        with self._lock:
+            wanted = READY - len(self._ready)
+            taken = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        if taken:
+            self._install(taken)
+            with self._lock:
+                self._ready += taken
+
+    def _take(self) -> int:
+        with self._lock:
+            if self._ready:
+                return self._ready.pop()
+        self.refill()
+        with self._lock:
+            if self._ready:
+                return self._ready.pop()
+        message = "place a policy: every policy index is taken; detach something"
+        raise ExhaustedError(message)
+
+    def _install(self, indices: list[int]) -> None:
+        """Put empty tries under the indices; waits for RCU once per family."""
+        for outer in self._outer.values():
+            tries = [Map.create(_trie_spec(outer)) for _ in indices]
+            outer.update_batch(b"".join(map(_word, indices)), b"".join(_word(trie.fd) for trie in tries))
+            for trie in tries:
+                trie.close()
+
+    def _inner(self, size: int, index: int) -> Map:
+        inner = self._outer[size].inner(_word(index))
+        if inner is None:
+            message = f"policy index {index} has no rule table"
+            raise RuntimeError(message)
+        return inner
+
+    def _fill(self, inner: Map, rules: Iterator[tuple[Key, float, float, int | None]]) -> None:
+        """Write rules in address order: a trie fills three times as fast that way (measured, 100k rules)."""
+        packed: dict[tuple[float, float, int], bytes] = {}
+        for chunk in iter(lambda: list(itertools.islice(rules, CHUNK)), []):
+            keys, values = [], []
+            for key, allow, deny, _ in chunk:
+                what = (allow, deny, key[-1])
+                value = packed.get(what)
+                if value is None:
+                    value = packed[what] = self._pack(*what)
+                keys.append(_trie_key(key))
+                values.append(value)
+            inner.update_batch(b"".join(keys), b"".join(values))
+
+    def _pack(self, allow: float, deny: float, length: int) -> bytes:
+        jiffies = self._clock.jiffies
+        return self._rule.pack(jiffies(allow) if allow else 0, jiffies(deny) if deny else 0, length)
+
+
+def _word(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
+
+
+_LENGTHS = [_word(length) for length in range(129)]
+
+
+def _trie_key(key: Key) -> bytes:
+    """Turn a policy's key into `struct bpf_lpm_trie_key`: length (u32, native), then the address in network order."""
+    return _LENGTHS[key[-1]] + key[:-1]
+
+
+def _trie_spec(outer: Map) -> MapSpec:
+    if outer.spec.inner is None:
+        message = f"{outer.spec.name} is no map of maps"
+        raise TypeError(message)
+    return outer.spec.inner

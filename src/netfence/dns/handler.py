@@ -1,0 +1,313 @@
+"""The way of one query through an attachment's DNS server, whatever transport it came by.
+
+Order: form (`wire`), rate, policy (`judge`, or the control plane through `proxy`), cache or upstream, then in one go without
+suspension: chain, rebinding guard, lease in the kernel, reply. After every wait the policy of that moment judges anew, so an answer that
+arrives after its name was denied is denied. Sockets belong to `server` and `tcp`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import structlog
+
+from netfence.dns import guard, message
+from netfence.dns.answer import Answer
+from netfence.dns.cache import CacheKey, SharedCache
+from netfence.dns.gate import Gate
+from netfence.dns.hot import HotReplies, HotReply
+from netfence.dns.judge import Verdict, chain_denial, judge, strip
+from netfence.dns.limits import MAX_HOT_REPLY, MAX_OUTSTANDING, MAX_REJUDGE
+from netfence.dns.message import EDE_FILTERED, EDE_NO_REACHABLE, EDE_OTHER, Ede
+from netfence.dns.proxy import ProxyBook
+from netfence.dns.ratelimit import TokenBucket
+from netfence.dns.settings import DnsSettings
+from netfence.dns.upstream import Resolver
+from netfence.dns.wire import CD, HTTPS, REFUSED, SERVFAIL, SVCB, Query, Refusal, WireError, parse_query
+from netfence.errors import NetfenceError
+
+MAX_MESSAGE: Final = 65_535
+_NO_CAP: Final = 0x7FFFFFFF
+_LOG_EVERY_S: Final = 10.0
+
+log = structlog.get_logger(__name__)
+
+Send = Callable[[bytes], None]
+
+
+class _Serving(NamedTuple):
+    """With what an answer is served: time, age, TTL cap, end of what it stands on, EDE."""
+
+    now: float
+    age_s: int
+    cap_s: int
+    until: float
+    ede: Ede | None
+
+
+# What has to be waited for before a query can be judged further: an upstream's answer, or the control plane (None).
+_Need = CacheKey | None
+
+
+class Handler:
+    """Answers the queries of one attachment."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        settings: DnsSettings,
+        cache: SharedCache,
+        resolver: Resolver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.gate = gate
+        self.clock = clock
+        self.hot = HotReplies()
+        self.bucket = TokenBucket(settings.max_qps, clock()) if settings.max_qps else None
+        self._settings = settings
+        self._cap_s = int(settings.max_lease_s)
+        self._cache = cache
+        self._resolver = resolver
+        self._space = guard.PrivateSpace(settings.allow_private)
+        self._proxy = ProxyBook(gate, clock)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._logged = -math.inf
+
+    async def close(self) -> None:
+        """End every query that still waits, unanswered, and free our share of the cache."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._proxy.close()
+        self._cache.forget_owner(self)
+
+    def ready(self, data: bytes) -> bytes | None:
+        """Return the ready-made reply to a message, counted; None when it has to take the long way."""
+        entry = self.hot.get(data[2:])
+        if entry is None or entry.generation != self.gate.generation:
+            return None
+        now = self.clock()
+        if (now >= entry.fresh_until and not entry.current(now)) or (self.bucket and not self.bucket.take(now)):
+            return None
+        self.gate.note_query(entry.allowed)
+        return data[:2] + entry.body
+
+    def take(self, data: bytes, send: Send, *, tcp: bool) -> bool:
+        """Answer a message through `send`, now or later, once; False when silence is the answer. Never raises."""
+        try:
+            return self._take(data, send, tcp=tcp)
+        except Exception as error:
+            self._log("dns_query_failed", error)
+            return False
+
+    def _take(self, data: bytes, send: Send, *, tcp: bool) -> bool:
+        try:
+            query = parse_query(data)
+        except WireError:
+            return False
+        except Refusal as refusal:
+            send(self._refuse(data, refusal))
+            return True
+        if tcp:
+            query.limit = MAX_MESSAGE
+        if self.bucket is not None and not self.bucket.take(self.clock()):
+            self.gate.note_query(False)
+            send(message.reply(query, REFUSED, Ede(EDE_OTHER, "netfence: more queries than dns.max_qps")))
+            return True
+        done = self._step(query, None, None)
+        if isinstance(done, bytes):
+            send(done)
+        elif len(self._tasks) >= MAX_OUTSTANDING:
+            self.gate.note_query(False)
+            send(message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: too many queries wait for an answer")))
+        else:
+            generation = self.gate.generation
+            task = asyncio.get_running_loop().create_task(
+                self._later(query, done, self._ask(query, done), generation, send), name="dns-query"
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return True
+
+    def _refuse(self, data: bytes, refusal: Refusal) -> bytes:
+        if refusal.query is None:
+            return message.bare_reply(data, refusal.rcode)
+        if refusal.rcode == REFUSED:
+            self.gate.note_query(False)
+        return message.reply(refusal.query, refusal.rcode)
+
+    def _ask(self, query: Query, need: _Need) -> asyncio.Future[Answer] | asyncio.Future[Verdict]:
+        """Begin to wait for what is missing."""
+        if need is None:
+            return self._proxy.decide(strip(query.name, self._settings.search_suffixes), query.qtype)
+        return self._resolver.resolve(need, query, self)
+
+    async def _later(
+        self,
+        query: Query,
+        need: _Need,
+        waiting: asyncio.Future[Answer] | asyncio.Future[Verdict],
+        generation: int,
+        send: Send,
+    ) -> None:
+        try:
+            reply = await self._wait(query, need, waiting, generation)
+        except Exception as error:
+            self._log("dns_query_failed", error)
+            reply = message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: internal error"))
+        send(reply)
+
+    async def _wait(
+        self,
+        query: Query,
+        need: _Need,
+        waiting: asyncio.Future[Answer] | asyncio.Future[Verdict],
+        generation: int,
+    ) -> bytes:
+        """Wait for what is missing, judge anew, until there is a reply. What an older policy asked for is dropped."""
+        verdict: Verdict | None = None
+        answer: Answer | None = None
+        for _ in range(2 * MAX_REJUDGE):
+            failure: NetfenceError | None = None
+            try:
+                got = await waiting
+            except NetfenceError as error:
+                failure = error
+            else:
+                if isinstance(got, Answer):
+                    answer = got
+                    if need is not None:
+                        self._cache.put(need, answer, self)
+                else:
+                    verdict = got
+            if generation != self.gate.generation:
+                generation = self.gate.generation
+                verdict = answer = None
+            elif failure is not None:
+                return self._failed(query, need, failure)
+            done = self._step(query, verdict, answer)
+            if isinstance(done, bytes):
+                return done
+            need = done
+            waiting = self._ask(query, need)
+        self.gate.note_query(False)
+        return message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: the policy keeps changing"))
+
+    def _failed(self, query: Query, need: _Need, failure: NetfenceError) -> bytes:
+        """Return the SERVFAIL for a wait that ended without a result."""
+        if need is None:
+            self.gate.note_query(False)
+            return message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: the control plane gave no decision"))
+        self.gate.note_query(True)
+        return message.reply(query, SERVFAIL, Ede(EDE_NO_REACHABLE, f"netfence: {failure}"))
+
+    def _step(self, query: Query, decided: Verdict | None, answer: Answer | None) -> bytes | _Need:
+        """Take a query as far as it goes without waiting: its reply, or what has to be waited for.
+
+        `decided` and `answer` are what was waited for under the policy of this moment.
+        """
+        policy = self.gate.policy
+        suffixes = self._settings.search_suffixes
+        verdict = judge(policy, query.name, suffixes)
+        if verdict is None:
+            verdict = decided or self._proxy.known(strip(query.name, suffixes), query.qtype)
+            if verdict is None:
+                return None
+        if verdict.denied and not verdict.audit:
+            return self._deny(query, verdict.why, verdict.until)
+        if verdict.ips:
+            made = message.from_addresses(query, verdict.ips, verdict.ttl_s, verdict.since)
+            return self._finish(query, verdict._replace(guard=False), made)
+        if answer is None:
+            upstreams = policy.dns.upstreams or self._settings.upstreams
+            key = CacheKey(upstreams, query.key, query.do, bool(query.flags & CD))
+            answer = self._cache.get(key, self.clock())
+            if answer is None:
+                return key
+        return self._finish(query, verdict, answer)
+
+    def _deny(self, query: Query, why: str, until: float = math.inf) -> bytes:
+        """Return the reply to a denied query, and keep it ready."""
+        self.gate.note_query(False)
+        reply = message.reply(query, self._settings.denial_rcode, Ede(EDE_FILTERED, f"netfence: {why}"))
+        if until > self.clock():
+            self.hot.store(query.rest, HotReply(reply[2:], self.gate.generation, until, allowed=False))
+        return reply
+
+    def _finish(self, query: Query, verdict: Verdict, answer: Answer) -> bytes:
+        """Judge an answer, open its addresses, and only then return the reply that carries it."""
+        now = self.clock()
+        policy = self.gate.policy
+        until = verdict.until
+        ede: Ede | None = None
+        if verdict.guard:
+            if answer.chain and not verdict.denied and (why := chain_denial(policy, answer.chain)) is not None:
+                if not policy.audit:
+                    return self._deny_answer(query, why)
+                verdict = verdict._replace(denied=True, why=why)
+            if answer.special:
+                stay, stay_until = guard.permitted(answer.special, self._space, policy, now)
+                until = min(until, stay_until)
+                if len(stay) < len(answer.special):
+                    answer, ede = self._cut(query, answer, stay)
+        if not answer.end:
+            answer = message.without_opt(query, answer)
+        cap_s = self._cap_s if verdict.guard else _NO_CAP
+        age_s = max(int(now - answer.received), 0)
+        reply = message.relay(query, answer, age_s, cap_s, ede)
+        if len(reply) > query.limit:
+            # Without records there is nothing to open: the client comes back over TCP.
+            self.gate.note_query(True)
+            return message.truncated(query)
+        return self._open(query, verdict, answer, reply, _Serving(now, age_s, cap_s, until, ede))
+
+    def _open(self, query: Query, verdict: Verdict, answer: Answer, reply: bytes, serving: _Serving) -> bytes:
+        """Open the addresses of an answer and return its reply, or SERVFAIL when the kernel refuses them."""
+        ttl_s = float(max(min(answer.ttl_s, serving.cap_s) - serving.age_s, 0))
+        valid_until = min(answer.received + min(answer.life_s, serving.cap_s), serving.until)
+        if verdict.denied:
+            self.gate.note_query(True)
+            self.gate.note_audit(verdict.name, answer.addresses, verdict.why)
+            return reply
+        if verdict.learn and answer.addresses:
+            try:
+                self.gate.learn(verdict.name, answer.addresses, ttl_s)
+            except NetfenceError as error:
+                self.gate.note_query(True)
+                return message.reply(query, SERVFAIL, Ede(EDE_OTHER, f"netfence: cannot open the addresses: {error}"))
+            valid_until = min(valid_until, serving.now + self._renew_after(ttl_s))
+        self.gate.note_query(True)
+        if valid_until > serving.now and len(reply) <= MAX_HOT_REPLY:
+            entry = HotReply(reply[2:], self.gate.generation, valid_until, allowed=True)
+            entry.counting(query, answer, serving.cap_s, serving.ede, serving.now)
+            self.hot.store(query.rest, entry)
+        return reply
+
+    def _renew_after(self, ttl_s: float) -> float:
+        """Return the seconds after which the lease just opened has less than `min_lease` left."""
+        settings = self._settings
+        return max(ttl_s - settings.min_lease_s, 0.0) + max(settings.lease_grace_s, 1.0)
+
+    def _deny_answer(self, query: Query, why: str) -> bytes:
+        """Return the denial of an answer that leads to a denied name; not kept ready, the next answer may differ."""
+        return self._deny(query, why, until=0.0)
+
+    def _cut(self, query: Query, answer: Answer, stay: frozenset[bytes]) -> tuple[Answer, Ede | None]:
+        """Take special addresses out of an answer; the EDE when nothing that was asked for is left."""
+        left = message.cut(query, answer, stay)
+        kept_records = query.qtype in (SVCB, HTTPS) and left.counts[0]
+        if left.addresses or not answer.addresses or kept_records:
+            return left, None
+        return left, Ede(EDE_FILTERED, "netfence: special-purpose addresses removed; see dns.allow_private")
+
+    def _log(self, event: str, error: Exception) -> None:
+        """Log a failure of ours, at most once in `_LOG_EVERY_S`: who sends the query must not fill the log."""
+        now = self.clock()
+        if now - self._logged >= _LOG_EVERY_S:
+            self._logged = now
+            log.error(event, error=repr(error))

@@ -1,0 +1,233 @@
+"""Building messages: replies to clients, queries to upstreams, answers that we change or make.
+
+Pure. A reply without records and an unchanged answer are put together from octets (`reply`, `relay`: the fast paths);
+whatever has its records changed or made goes through dnslib (`cut`, `from_addresses`) and comes out as an `Answer`
+again, so that there is one way to a client. Sources: RFC 1035, RFC 6891 (EDNS), RFC 8914 (EDE), RFC 9460 (SVCB).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+
+from dnslib import AAAA as AAAARecord
+from dnslib import RD as RawData
+from dnslib import RR, DNSRecord
+from dnslib import A as ARecord
+from dnslib.buffer import Buffer
+
+from netfence.dns.answer import HINT_LENGTH, Answer, normal, scan, svcb_head, svcb_params
+from netfence.dns.limits import MAX_EDE_TEXT, MAX_UDP_REPLY
+from netfence.dns.wire import (
+    AAAA,
+    AD,
+    CD,
+    DO,
+    HEADER,
+    HEADER_LEN,
+    HTTPS,
+    OPT,
+    QR,
+    RA,
+    RD,
+    RRSIG,
+    SVCB,
+    TC,
+    A,
+    Query,
+    WireError,
+)
+
+EDE_OTHER = 0
+EDE_FILTERED = 17
+EDE_NO_REACHABLE = 22
+EDE_NETWORK = 23
+
+_OPT_HEAD = struct.Struct("!BHHIH")
+_OPTION = struct.Struct("!HHH")
+_LONG = struct.Struct("!I")
+_SHORTS = struct.Struct("!HH")
+_EDE_OPTION = 15
+_MANDATORY = 0
+
+
+class Ede:
+    """An Extended DNS Error: its code and a text, cut to `MAX_EDE_TEXT` octets."""
+
+    __slots__ = ("code", "text")
+
+    def __init__(self, code: int, text: str) -> None:
+        self.code = code
+        # Cut between characters, never inside one.
+        self.text = text.encode("utf-8", "replace")[:MAX_EDE_TEXT].decode("utf-8", "ignore").encode()
+
+
+def opt(query: Query, rcode: int = 0, ede: Ede | None = None) -> bytes:
+    """Return the OPT record of a reply, empty for a client without EDNS."""
+    if not query.edns:
+        return b""
+    options = b"" if ede is None else _OPTION.pack(_EDE_OPTION, 2 + len(ede.text), ede.code) + ede.text
+    ttl = rcode >> 4 << 24 | (DO if query.do else 0)
+    return _OPT_HEAD.pack(0, OPT, MAX_UDP_REPLY, ttl, len(options)) + options
+
+
+def reply(query: Query, rcode: int, ede: Ede | None = None, flags: int = 0) -> bytes:
+    """Return a reply without records; `flags` are added to the header (TC)."""
+    end = opt(query, rcode, ede)
+    word = QR | RA | query.flags & (RD | CD) | flags | rcode & 15
+    return query.id + _counts(word, 0, 0, 1 if end else 0) + query.question + end
+
+
+def truncated(query: Query) -> bytes:
+    """Return the reply that sends a client to TCP."""
+    return reply(query, 0, flags=TC)
+
+
+def bare_reply(data: bytes, rcode: int) -> bytes:
+    """Return the header-only reply to a query whose question could not be read; `data` holds at least a header."""
+    word = QR | (data[2] << 8 | data[3]) & 0x7800 | rcode
+    return data[:2] + struct.pack("!HHHHH", word, 0, 0, 0, 0)
+
+
+def _counts(word: int, answers: int, authorities: int, extras: int) -> bytes:
+    return struct.pack("!HHHHH", word, 1, answers, authorities, extras)
+
+
+def relay(query: Query, answer: Answer, age_s: int, cap_s: int, ede: Ede | None = None) -> bytes:
+    """Return the reply that carries an upstream's answer as it came: our id, flags and OPT, the client's own question.
+
+    TTLs are capped at `cap_s` and counted down by `age_s` (whole seconds). The question has the length it had towards
+    the upstream, so compression pointers stay right. `answer.end` must not be 0.
+    """
+    records: bytes | bytearray = answer.raw[answer.start : answer.end]
+    if age_s or any(ttl > cap_s for _, ttl in answer.ttls):
+        records = bytearray(records)
+        for offset, ttl in answer.ttls:
+            _LONG.pack_into(records, offset - answer.start, max(min(ttl, cap_s) - age_s, 0))
+    end = opt(query, answer.rcode, ede)
+    authentic = AD if answer.authentic and (query.do or query.flags & AD) else 0
+    word = QR | RA | query.flags & (RD | CD) | authentic | answer.rcode & 15
+    answers, authorities, extras = answer.counts
+    head = _counts(word, answers, authorities, extras + 1 if end else extras)
+    return b"".join((query.id, head, query.question, records, end))
+
+
+def upstream_query(key: bytes, *, do: bool, cd: bool) -> bytes:
+    """Return the query we send upstream, with id 0: the question in lower case, RD and AD set, our own OPT.
+
+    Nothing else of the client's message goes out: its EDNS options, its spelling and its padding stay here.
+    """
+    word = RD | AD | (CD if cd else 0)
+    return (
+        HEADER.pack(0, word, 1, 0, 0, 1) + key + _OPT_HEAD.pack(0, OPT, MAX_UDP_REPLY, DO if do else 0, 0)
+    )
+
+
+def from_addresses(query: Query, addresses: Iterable[bytes], ttl_s: int, now: float) -> Answer:
+    """Make the answer to `query` of the packed addresses of its family (semantics.md 14: a control plane's `ips`)."""
+    record = _parsed(HEADER.pack(0, QR, 1, 0, 0, 0) + query.question)
+    for address in map(normal, addresses):
+        if query.qtype == A and len(address) == 4:
+            record.add_answer(RR(record.q.qname, A, ttl=ttl_s, rdata=ARecord(tuple(address))))
+        elif query.qtype == AAAA and len(address) == 16:
+            record.add_answer(RR(record.q.qname, AAAA, ttl=ttl_s, rdata=AAAARecord(tuple(address))))
+    return _packed(record, query, now)
+
+
+def without_opt(query: Query, answer: Answer) -> Answer:
+    """Return the answer without its OPT record, for upstreams that put it in front of others. Raises WireError."""
+    return cut(query, answer, answer.special)
+
+
+def cut(query: Query, answer: Answer, stay: frozenset[bytes]) -> Answer:
+    """Return the answer without its special-purpose addresses, but those in `stay`, and without AD if that changed it.
+
+    Address records go, hints go out of SVCB and HTTPS records (a record that declares such a hint mandatory goes
+    whole), and so do the signatures over what changed. Raises WireError when dnslib cannot read the message.
+    """
+    gone = answer.special - stay
+    record = _parsed(answer.raw)
+    changed: set[tuple[str, int]] = set()
+    record.rr = _filtered(record.rr, gone, changed)
+    record.auth = _filtered(record.auth, gone, changed)
+    record.ar = _filtered(record.ar, gone, changed)
+    for section in (record.rr, record.auth, record.ar):
+        section[:] = [rr for rr in section if not _signs(rr, changed)]
+    if changed:
+        record.header.ad = 0
+    return _packed(record, query, answer.received)
+
+
+def _parsed(data: bytes) -> DNSRecord:
+    try:
+        return DNSRecord.parse(data)
+    except Exception as error:  # dnslib lets struct, index and value errors through: all mean "cannot be read"
+        raise WireError(f"unreadable to dnslib: {type(error).__name__}") from None
+
+
+def _packed(record: DNSRecord, query: Query, received: float) -> Answer:
+    record.header.a, record.header.auth, record.header.ar = len(record.rr), len(record.auth), len(record.ar)
+    try:
+        raw = bytes(record.pack())
+    except Exception as error:  # as above
+        raise WireError(f"cannot be packed by dnslib: {type(error).__name__}") from None
+    if raw[HEADER_LEN : HEADER_LEN + len(query.question) - 4].lower() != query.key[:-4]:
+        raise WireError("dnslib changed the question")
+    return scan(raw, len(query.question), query.name, query.qtype, received)
+
+
+def _filtered(section: Sequence[RR], gone: frozenset[bytes], changed: set[tuple[str, int]]) -> list[RR]:
+    """Return the records of a section that stay, OPT left out; note owner and type of what changed in `changed`."""
+    kept: list[RR] = []
+    for rr in section:
+        if rr.rtype == OPT:
+            continue
+        if rr.rtype in (A, AAAA) and normal(_rdata(rr)) in gone:
+            changed.add((_owner(rr), rr.rtype))
+            continue
+        if rr.rtype in (SVCB, HTTPS):
+            before = _rdata(rr)
+            after = cut_hints(before, lambda address: address in gone)
+            if after != before:
+                changed.add((_owner(rr), rr.rtype))
+            if after is None:
+                continue
+            rr.rdata = RawData(after)
+        kept.append(rr)
+    return kept
+
+
+def _owner(rr: RR) -> str:
+    return str(rr.rname).lower()
+
+
+def _signs(rr: RR, changed: set[tuple[str, int]]) -> bool:
+    return bool(rr.rtype == RRSIG and (_owner(rr), rr.rdata.covered) in changed)
+
+
+def _rdata(rr: RR) -> bytes:
+    buffer = Buffer()
+    rr.rdata.pack(buffer)
+    return bytes(buffer.data)
+
+
+def cut_hints(rdata: bytes, is_gone: Callable[[bytes], bool]) -> bytes | None:
+    """Return SVCB or HTTPS RDATA without the hints for which `is_gone`; None when the whole record has to go."""
+    priority, target, offset = svcb_head(rdata)
+    kept: list[tuple[int, bytes]] = []
+    mandatory: set[int] = set()
+    lost: set[int] = set()
+    for key, value in svcb_params(rdata, offset):
+        if key == _MANDATORY:
+            mandatory = {value[i] << 8 | value[i + 1] for i in range(0, len(value) - 1, 2)}
+        if size := HINT_LENGTH.get(key):
+            addresses = [value[i : i + size] for i in range(0, len(value), size)]
+            value = b"".join(address for address in addresses if not is_gone(normal(address)))  # noqa: PLW2901
+            if not value:
+                lost.add(key)
+                continue
+        kept.append((key, value))
+    if lost & mandatory:
+        return None
+    params = b"".join(_SHORTS.pack(key, len(value)) + value for key, value in kept)
+    return priority.to_bytes(2, "big") + target + params

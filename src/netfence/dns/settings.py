@@ -1,0 +1,68 @@
+"""What a DNS server needs to know of the configuration, as one immutable value.
+
+The composition root makes it from `netfence.config`; attribute names are the keys of `dns.*` there, with units. Also
+here: an upstream's text as an address to connect to.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from netfence.dns.wire import NXDOMAIN, REFUSED
+from netfence.policy.upstream import parse_upstream
+
+REJECT_RCODES = {"refused": REFUSED, "nxdomain": NXDOMAIN}
+
+
+@dataclass(frozen=True, slots=True)
+class DnsSettings:
+    """Settings shared by all DNS servers of the daemon.
+
+    `upstreams` are the defaults, ``host[:port]``, tried in order. `allow_private` are keys of `netfence.policy` (packed
+    masked address and one octet of prefix length). `search_domains` are names without the final dot, lower case.
+    `max_qps` 0 means no limit. Durations in seconds.
+    """
+
+    upstreams: tuple[str, ...] = ()
+    timeout_s: float = 2.0
+    attempts: int = 2
+    reject_rcode: str = "refused"
+    min_lease_s: float = 300.0
+    lease_grace_s: float = 60.0
+    max_lease_s: float = 86_400.0
+    allow_private: tuple[bytes, ...] = ()
+    search_domains: tuple[str, ...] = ()
+    max_qps: int = 0
+    search_suffixes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.reject_rcode not in REJECT_RCODES:
+            raise ValueError(f"dns.reject_rcode {self.reject_rcode!r}: must be one of {', '.join(REJECT_RCODES)}")
+        # Longest first, so that of two nested search domains the whole of the longer one is stripped.
+        suffixes = sorted({"." + name.strip(".").lower() for name in self.search_domains if name.strip(".")}, key=len)
+        object.__setattr__(self, "search_suffixes", tuple(reversed(suffixes)))
+
+    @property
+    def denial_rcode(self) -> int:
+        """Return the rcode of a denied query."""
+        return REJECT_RCODES[self.reject_rcode]
+
+
+class Upstream(NamedTuple):
+    """A name server: its text form, and family and address for `socket.connect`."""
+
+    text: str
+    family: int
+    address: tuple[Any, ...]
+
+
+@lru_cache(maxsize=1024)
+def upstream_of(text: str) -> Upstream:
+    """Return the upstream that a text means (`netfence.policy.upstream`); ValueError with the reason."""
+    host, port = parse_upstream(text)
+    if ":" in host:
+        return Upstream(text, socket.AF_INET6, (host, port, 0, 0))
+    return Upstream(text, socket.AF_INET, (host, port))

@@ -1,0 +1,225 @@
+"""Resolving a question with the upstreams of a policy: order, failover, TCP where UDP was cut, one flight for equals.
+
+A `_Flight` is one question in the air, whoever waits for it: callbacks drive it from upstream to upstream without a
+task of its own. The sockets are `exchange`'s. What the answer means for a policy is `judge`'s to say.
+
+Order (semantics.md 19): the upstreams as listed, the next one on a time-out, a socket error, SERVFAIL, REFUSED or an answer
+that cannot be read; then again, `attempts` times in all, those that did not answer at all. TCP is used when an
+upstream cut its answer, or when somebody seems to guess at the UDP socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from netfence.dns.answer import Answer, scan
+from netfence.dns.cache import CacheKey
+from netfence.dns.exchange import SPOOFED, UdpExchanger, ask_tcp
+from netfence.dns.limits import MAX_FLIGHTS, MAX_FREE_FLIGHTS, RESOLVE_DEADLINE_S
+from netfence.dns.message import upstream_query
+from netfence.dns.settings import DnsSettings, Upstream, upstream_of
+from netfence.dns.wire import REFUSED, SERVFAIL, Query, WireError
+from netfence.errors import ExhaustedError, NetfenceError, UnavailableError
+
+log = structlog.get_logger(__name__)
+
+
+class Resolver:
+    """Asks upstreams; shared by all attachments of the daemon. Bound to the event loop that first uses it."""
+
+    def __init__(self, settings: DnsSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.timeout_s = settings.timeout_s
+        self.attempts = settings.attempts
+        self.udp = UdpExchanger(settings.timeout_s)
+        self._flights: dict[CacheKey, _Flight] = {}
+        self._by_owner: Counter[object] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def resolve(self, key: CacheKey, query: Query, owner: object) -> asyncio.Future[Answer]:
+        """Ask `key.upstreams` the question of `query`; equal questions in the air share one flight.
+
+        The future gives the answer, or raises UnavailableError (no upstream answered usefully) or ExhaustedError (too
+        many questions in the air). `owner` is charged for a new flight.
+        """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        if (flight := self._flights.get(key)) is not None:
+            flight.waiters.append(future)
+            return future
+        try:
+            flight = self._prepare(key, query, owner)
+        except NetfenceError as error:
+            future.set_exception(error)
+            return future
+        self._flights[key] = flight
+        self._by_owner[owner] += 1
+        flight.waiters.append(future)
+        flight.next_try()
+        return future
+
+    def _prepare(self, key: CacheKey, query: Query, owner: object) -> _Flight:
+        """Make the flight of a question; raises ExhaustedError or UnavailableError."""
+        total = len(self._flights)
+        if total >= MAX_FLIGHTS or (total >= MAX_FREE_FLIGHTS and self._by_owner[owner]):
+            raise ExhaustedError(f"ask upstream: {total} questions are waiting for answers already")
+        try:
+            upstreams = [upstream_of(text) for text in key.upstreams]
+        except ValueError as error:
+            raise UnavailableError(f"ask upstream: {error}") from None
+        if not upstreams:
+            raise UnavailableError("ask upstream: none is configured; set dns.upstreams")
+        return _Flight(self, key, query, owner, upstreams)
+
+    def land(self, flight: _Flight) -> None:
+        """Take a finished flight out of the air."""
+        if self._flights.pop(flight.key, None) is not None:
+            self._by_owner[flight.owner] -= 1
+            if not self._by_owner[flight.owner]:
+                del self._by_owner[flight.owner]
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` as a task that we keep, end with us, and whose failure is logged."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.error("dns_task_failed", task=task.get_name(), error=repr(failure))
+
+    async def close(self) -> None:
+        """End every flight: its waiters get UnavailableError."""
+        self.udp.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for flight in list(self._flights.values()):
+            flight.fail("the daemon stops")
+
+
+class _Flight:
+    """One question on its way through the upstreams."""
+
+    __slots__ = (
+        "_again",
+        "_current",
+        "_deadline",
+        "_left",
+        "_loop",
+        "_name",
+        "_packet",
+        "_qtype",
+        "_question",
+        "_resolver",
+        "_rounds",
+        "_why",
+        "key",
+        "owner",
+        "waiters",
+    )
+
+    def __init__(
+        self, resolver: Resolver, key: CacheKey, query: Query, owner: object, upstreams: list[Upstream]
+    ) -> None:
+        self.key = key
+        self.owner = owner
+        self.waiters: list[asyncio.Future[Answer]] = []
+        self._resolver = resolver
+        self._loop = asyncio.get_running_loop()
+        self._name = query.name
+        self._qtype = query.qtype
+        self._question = key.question
+        self._packet = upstream_query(key.question, do=key.do, cd=key.cd)
+        self._left = deque(upstreams)
+        self._again: list[Upstream] = []  # did not answer in this round
+        self._rounds = resolver.attempts
+        self._deadline = self._loop.time() + RESOLVE_DEADLINE_S
+        self._current = upstreams[0]
+        self._why = ""
+
+    def next_try(self) -> None:
+        """Ask the next upstream, or give up."""
+        while self._loop.time() < self._deadline:
+            if not self._left:
+                self._rounds -= 1
+                if self._rounds <= 0 or not self._again:
+                    break
+                self._left.extend(self._again)
+                self._again.clear()
+            self._current = self._left.popleft()
+            try:
+                self._resolver.udp.send(self._current, self._packet, self._question, self._on_udp)
+            except OSError as error:
+                self._note(error.strerror or str(error), again=True)
+            else:
+                return
+        self.fail(self._why or "no time left")
+
+    def _note(self, why: str, *, again: bool) -> None:
+        self._why = f"{self._current.text}: {why}"
+        if again:
+            self._again.append(self._current)
+
+    def _on_udp(self, data: bytes | None, why: str) -> None:
+        """Take the response of the current upstream, or the reason why there is none."""
+        try:
+            if data is not None:
+                self._on_response(data, tcp=False)
+            elif why == SPOOFED:
+                log.warning("dns_answers_do_not_match", upstream=self._current.text)
+                self._resolver.spawn(self._over_tcp(), "dns-tcp")
+            else:
+                self._note(why, again=True)
+                self.next_try()
+        except Exception as error:
+            log.error("dns_flight_failed", upstream=self._current.text, error=repr(error))
+            self.fail("internal error")
+
+    def _on_response(self, data: bytes, *, tcp: bool) -> None:
+        try:
+            answer = scan(data, len(self._question), self._name, self._qtype, self._resolver.clock())
+        except WireError as error:
+            self._note(f"unusable answer: {error}", again=False)
+            self.next_try()
+            return
+        if answer.truncated and not tcp:
+            self._resolver.spawn(self._over_tcp(), "dns-tcp")
+        elif answer.truncated or answer.rcode in (SERVFAIL, REFUSED) or answer.rcode > 15:
+            self._note(f"answered with rcode {answer.rcode}", again=False)
+            self.next_try()
+        else:
+            self._resolver.land(self)
+            for waiter in self.waiters:
+                if not waiter.done():
+                    waiter.set_result(answer)
+
+    async def _over_tcp(self) -> None:
+        """Ask the current upstream again over TCP."""
+        try:
+            data = await ask_tcp(self._current, self._packet, self._question, self._resolver.timeout_s)
+        except OSError as error:  # a time-out is one
+            self._note(f"over TCP: {error.strerror or error or type(error).__name__}", again=True)
+            self.next_try()
+        except Exception:
+            self.fail("internal error")
+            raise
+        else:
+            self._on_response(data, tcp=True)
+
+    def fail(self, why: str) -> None:
+        """End without an answer."""
+        self._resolver.land(self)
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(UnavailableError(f"ask upstream: {why}"))
