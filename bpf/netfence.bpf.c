@@ -133,13 +133,14 @@ static __always_inline int lease_lookup(const struct packet *packet, __u64 slot,
     return REASON_ESTABLISHED;
 }
 
-static __always_inline int is_foreign_dns(const struct packet *packet, const struct config *config)
+static __always_inline int is_foreign_dns(const struct packet *packet, __u64 slot, const struct config *config)
 {
     __u16 port = bpf_ntohs(packet->destination_port);
     if (!has_ports(packet) || (port != PORT_DNS && (port < config->dns_port_low || port > config->dns_port_high)))
         return 0;
     struct endpoint endpoint = {.address = packet->destination, .port = packet->destination_port};
-    return bpf_map_lookup_elem(MAP(FD_DNS_ENDPOINTS), &endpoint) != 0;
+    __u32 *owner = bpf_map_lookup_elem(MAP(FD_DNS_ENDPOINTS), &endpoint);
+    return owner && *owner != slot;
 }
 
 /* The verdict of a policy on a parsed packet: a REASON_. Everything but counting, auditing and connections from outside.
@@ -156,7 +157,7 @@ static __always_inline int decide(const struct packet *packet, __u64 slot, const
     int reason = always_passes(packet, config, mode);
     if (reason != NONE)
         return reason;
-    if (is_foreign_dns(packet, config))
+    if (is_foreign_dns(packet, slot, config))
         return REASON_FOREIGN_DNS;
     if (mode != MODE_ALLOWLIST && mode != MODE_DENYLIST)
         return active & NF_ACTIVE_START ? REASON_START : REASON_BLOCK_ALL;

@@ -303,6 +303,8 @@ static __always_inline int parse_ipv6(struct cursor *cursor, struct packet *pack
             cursor->offset += bytes;
             if (cursor->offset > MAX_OFFSET - sizeof(struct tcp_header))
                 return REASON_EXT_HEADERS;
+            if (!peek(cursor, 0))
+                return REASON_TRUNCATED;
             if (!is_extension(next))
                 break;
         }

@@ -29,13 +29,14 @@ from netfence.control.port import AttachmentView, ControlPort
 from netfence.dns.gate import ProxyAnswer
 from netfence.errors import ExhaustedError, NetfenceError, NotFoundError, PreconditionError
 from netfence.policy.commands import BulkUpdate, Command, apply
-from netfence.policy.leases import PROXY, LeaseBook, lease_expiry
+from netfence.policy.leases import LeaseBook, lease_expiry
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
 from netfence.store import Row
 from netfence.tasks import finish
 
-UNKNOWN = "\0unknown"  # holder of leases found in the kernel after a restart; no name reads like this
+PROXY = "\0proxy"  # holder of leases the control plane ordered; no name reads like this
+UNKNOWN = "\0unknown"  # holder of leases found in the kernel after a restart
 BULK = 500  # rules from which a command is worth a thread: below, the thread costs more than the work
 CHUNK = 512  # kernel deletes in one go on the event loop, about 1 ms
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
@@ -205,6 +206,12 @@ class Attachment:
         self.active = True
         self.log.info("policy_applied", command=type(command).__name__, version=version, mode=new.mode.name.lower())
 
+    async def keep_start_policy(self) -> None:
+        """Go on without a first policy: nobody waits for one. The target stays in `start_mode`, durably."""
+        async with self._lock:
+            await finish(self._save(self._policy, ""), f"store {self.row.id}")
+            self.active = True
+
     async def take_over(self) -> None:
         """Switch the restored policy in and forget what of it expired while no daemon ran."""
         async with self._lock:
@@ -223,6 +230,11 @@ class Attachment:
         async with self._lock:
             self._closed = True
             self._generation += 1
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether it was detached."""
+        return self._closed
 
     def rename(self, name: str) -> None:
         """Note the interface's new name."""

@@ -7,8 +7,10 @@ commands that need them: `--help`, `--version` and completion stay instant.
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from netfence import __version__
+from netfence.api.views import AttachSpec, DirectionWish, HookWish
 from netfence.command import (
     DEFAULT_SOCKET,
     FAILED,
@@ -33,6 +36,7 @@ from netfence.command import (
     show_rows,
 )
 from netfence.errors import InvalidError, NetfenceError
+from netfence.text import printable
 
 
 @click.group(
@@ -93,9 +97,10 @@ def start(ctx: click.Context, config_path: Path | None, policy: Path | None) -> 
     from netfence.daemon import run  # noqa: PLC0415
 
     try:
-        return run(loaded)
+        exit_status: int = run(loaded)
     except NetfenceError as error:
         raise CommandError(_lines(error)) from error
+    return exit_status
 
 
 @cli.command(
@@ -133,7 +138,13 @@ netfenced attach -i eth0 --direction host
 )
 @json_option
 def attach(
-    interface: str | None, cgroup: str | None, metadata: dict[str, str], hook: str, direction: str, *, as_json: bool
+    interface: str | None,
+    cgroup: str | None,
+    metadata: dict[str, str],
+    hook: HookWish,
+    direction: DirectionWish,
+    *,
+    as_json: bool,
 ) -> None:
     """Fence an interface or a cgroup; print its id and DNS address.
 
@@ -145,17 +156,8 @@ def attach(
         raise click.UsageError("--hook and --direction are for interfaces", click.get_current_context())
     if cgroup is not None:
         cgroup = os.path.abspath(cgroup)  # noqa: PTH100 - resolves "..", which pathlib leaves; the daemon has another cwd
-    from netfence.v1 import daemon_pb2  # noqa: PLC0415
-
-    request = daemon_pb2.AttachRequest(
-        interface_name=interface,
-        cgroup_path=cgroup,
-        metadata=metadata,
-        hook="HOOK_UNSPECIFIED" if hook == "auto" else f"HOOK_{hook.upper()}",
-        direction="DIRECTION_UNSPECIFIED" if direction == "auto" else f"DIRECTION_{direction.upper()}",
-    )
     with connected() as daemon:
-        response = daemon.attach(request)
+        response = daemon.attach(AttachSpec(interface, cgroup, metadata, hook, direction))
     if as_json:
         show_json({"id": response.id, "dns_address": response.dns_address})
     else:
@@ -187,7 +189,7 @@ netfenced list --all --json | jq '.attachments[].id'
 @json_option
 def list_(*, everything: bool, page_size: int, as_json: bool) -> None:
     """Show attachments, oldest first; packets and queries as allowed/blocked."""
-    from netfence import render  # noqa: PLC0415
+    from netfence.api import render  # noqa: PLC0415
 
     with connected() as daemon:
         page = daemon.list_page(page_size)
@@ -217,7 +219,7 @@ netfenced status --json | jq -r .control_plane_state
 @json_option
 def status(*, as_json: bool) -> None:
     """Show the daemon, its control plane, and what this kernel offers."""
-    from netfence import render  # noqa: PLC0415
+    from netfence.api import render  # noqa: PLC0415
 
     with connected() as daemon:
         answer = daemon.status()
@@ -277,15 +279,30 @@ netfenced config show --config /etc/netfence/netfence.yaml --json
 def show(ctx: click.Context, config_path: Path | None, *, as_json: bool) -> None:
     """Show the configuration in force and where each value came from. Needs no daemon."""
     loaded = _load_config(ctx, config_path, {})
-    values = dict(_flatten(loaded.config.model_dump(mode="json"), loaded.sources))
+    values = _leaves(loaded.config.model_dump(mode="json"), loaded.sources)
     if as_json:
         entries = {key: {"value": value, "source": loaded.sources.get(key, "default")} for key, value in values.items()}
         show_json(entries)
     else:
-        from netfence.render import printable  # noqa: PLC0415
+        rows = [[key, _plain(value), loaded.sources.get(key, "default")] for key, value in values.items()]
+        show_rows([[printable(cell) for cell in row] for row in rows], ("key", "value", "from"))
 
-        rows = [(key, printable(_plain(value)), loaded.sources.get(key, "default")) for key, value in values.items()]
-        show_rows(list(rows), ("key", "value", "from"))
+
+def _leaves(tree: dict[str, Any], keys: Container[str], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys with their values; a mapping that is itself one of `keys` (metadata) is a value."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = prefix + name
+        if isinstance(value, dict) and value and key not in keys:
+            leaves |= _leaves(value, keys, f"{key}.")
+        else:
+            leaves[key] = value
+    return leaves
+
+
+def _plain(value: object) -> str:
+    """Return a configuration value as YAML would read it, on one line; JSON is the part of YAML that fits."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def _load_config(ctx: click.Context, path: Path | None, flags: dict[str, object]) -> Any:  # noqa: ANN401

@@ -1,7 +1,7 @@
 """What all commands of `netfenced` share: exit statuses, the form of errors, output, options, completion.
 
-With `cli` the only place that prints. Heavy imports (gRPC, rich) happen where they are needed: `--help`, `--version` and
-bad usage stay instant.
+With `cli` the only place that prints. Heavy imports (gRPC, rich) happen where they are needed: `--help`, `--version`
+and bad usage stay instant.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
+
+from netfence.text import printable
 
 if TYPE_CHECKING:
     from netfence.api.client import DaemonClient
@@ -39,11 +41,16 @@ class CommandError(Exception):
 class Commands(click.Group):
     """The group with our form of errors and exit statuses in place of click's."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's signature
+    def main(  # type: ignore[override]  # ends the process whatever standalone_mode says
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        **extra: Any,  # noqa: ANN401 - click passes what it likes
+    ) -> NoReturn:
         """Run a command and end the process with its exit status."""
-        kwargs.pop("standalone_mode", None)
+        extra["standalone_mode"] = False
         try:
-            status = super().main(*args, standalone_mode=False, **kwargs)
+            status = super().main(args, prog_name, **extra)
             sys.stdout.flush()
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
@@ -74,8 +81,7 @@ def examples(text: str) -> str:
 
 
 def complain(line: str) -> None:
-    from netfence.render import printable  # noqa: PLC0415
-
+    """Print one line of error or warning."""
     click.echo(f"netfenced: {printable(line)}", err=True)
 
 
@@ -102,7 +108,7 @@ def connected() -> Iterator[DaemonClient]:
 
 def show_rows(rows: list[Sequence[str]], head: Sequence[str] | None = None) -> None:
     """Print rows as a table on a terminal, as plain columns elsewhere."""
-    from netfence import render  # noqa: PLC0415
+    from netfence.api import render  # noqa: PLC0415
 
     if sys.stdout.isatty():
         from rich.console import Console  # noqa: PLC0415
@@ -113,7 +119,8 @@ def show_rows(rows: list[Sequence[str]], head: Sequence[str] | None = None) -> N
 
 
 def show_json(document: object) -> None:
-    from netfence.render import json_text  # noqa: PLC0415
+    """Print one JSON document."""
+    from netfence.api.render import json_text  # noqa: PLC0415
 
     click.echo(json_text(document))
 
@@ -132,6 +139,7 @@ def complete_id(ctx: click.Context, _param: click.Parameter, incomplete: str) ->
 
 
 def complete_interface(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Offer this host's interfaces."""
     try:
         return sorted(name for name in os.listdir("/sys/class/net") if name.startswith(incomplete))  # noqa: PTH208
     except OSError:

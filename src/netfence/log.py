@@ -1,8 +1,8 @@
 """Set-up of structured logs: readable on a terminal, JSON lines otherwise, always to stderr.
 
 Events are short words (`attached`, `policy_applied`) with fields: `attachment` (id), `target`, `error`. Values that
-come from outside (names in queries, metadata, file contents) are only ever fields, so that they cannot forge a line: JSON
-escapes them, and the console writer quotes what is not printable.
+come from outside (names in queries, metadata, file contents) are only ever fields, so that they cannot forge a line:
+JSON escapes them, and the console writer quotes what is not printable.
 """
 
 from __future__ import annotations

@@ -45,6 +45,17 @@ class Netns:
             self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             run("ip link set lo up")
 
+    @classmethod
+    @contextlib.contextmanager
+    def current(cls) -> Iterator[Netns]:
+        """Hold the namespace that the calling thread is in."""
+        space = cls.__new__(cls)
+        space.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield space
+        finally:
+            os.close(space.fd)
+
     @staticmethod
     @contextlib.contextmanager
     def _home() -> Iterator[None]:
@@ -141,6 +152,11 @@ def program(code: int, prog_type: ProgType = ProgType.SCHED_CLS, expected: int =
         yield prog_fd
     finally:
         os.close(prog_fd)
+
+
+def open_descriptors() -> int:
+    """Count this process's descriptors, to see that none leaks."""
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def until(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:

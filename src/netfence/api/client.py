@@ -12,14 +12,15 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, cast
 from urllib.parse import quote
 
 import grpc
 from google.protobuf import empty_pb2
 
+from netfence.api.messages import attach_request
 from netfence.api.paging import MAX_SIZE
-from netfence.api.views import ANSWERED
+from netfence.api.views import ANSWERED, AttachSpec
 from netfence.v1 import daemon_pb2, daemon_pb2_grpc
 
 READ_TIMEOUT_S: Final = 10.0
@@ -60,9 +61,9 @@ class DaemonClient:
     ) -> None:
         self._channel.close()
 
-    def attach(self, request: daemon_pb2.AttachRequest) -> daemon_pb2.AttachResponse:
+    def attach(self, spec: AttachSpec) -> daemon_pb2.AttachResponse:
         """Fence a target."""
-        return self._call(self._stub.Attach, request, CHANGE_TIMEOUT_S)
+        return self._call(self._stub.Attach, attach_request(spec), CHANGE_TIMEOUT_S)
 
     def detach(self, attachment_id: str) -> None:
         """Take a fence off."""
@@ -90,9 +91,9 @@ class DaemonClient:
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            # What a failed blocking call raises is a Call too; the base class alone says nothing.
-            code, details, trailer = error.code(), error.details(), error.trailing_metadata()  # type: ignore[attr-defined]
-            if any(key == ANSWERED for key, _ in trailer or ()):
+            call = cast("grpc.Call", error)  # what a failed blocking call raises is both; RpcError alone says nothing
+            code, details = call.code(), call.details()
+            if ANSWERED in dict(call.trailing_metadata() or ()):
                 raise RefusedError(details) from None
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 why = f"the daemon did not answer within {timeout_s:g} s; see its log"

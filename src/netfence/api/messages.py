@@ -6,6 +6,7 @@ interface exists is the daemon's question. The control plane's messages are `con
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from google.protobuf import duration_pb2, timestamp_pb2
@@ -33,6 +34,8 @@ _DIRECTION_WISHES: dict[int, DirectionWish] = {
     daemon_pb2.DIRECTION_WORKLOAD: "workload",
     daemon_pb2.DIRECTION_HOST: "host",
 }
+_HOOK_NAMES = {wish: daemon_pb2.Hook.Name(number) for number, wish in _HOOK_WISHES.items()}
+_DIRECTION_NAMES = {wish: daemon_pb2.Direction.Name(number) for number, wish in _DIRECTION_WISHES.items()}
 _TYPES: dict[HookKind, types_pb2.AttachmentType] = {
     "tc": types_pb2.ATTACHMENT_TYPE_TC,
     "xdp": types_pb2.ATTACHMENT_TYPE_XDP,
@@ -47,6 +50,17 @@ _DIRECTIONS: dict[Direction, daemon_pb2.Direction] = {
     "workload": daemon_pb2.DIRECTION_WORKLOAD,
     "host": daemon_pb2.DIRECTION_HOST,
 }
+
+
+def attach_request(spec: AttachSpec) -> daemon_pb2.AttachRequest:
+    """Write what `spec` asks for; the inverse of `attach_spec`."""
+    return daemon_pb2.AttachRequest(
+        interface_name=spec.interface,
+        cgroup_path=spec.cgroup,
+        metadata=spec.metadata,
+        hook=_HOOK_NAMES[spec.hook],
+        direction=_DIRECTION_NAMES[spec.direction],
+    )
 
 
 def attach_spec(request: daemon_pb2.AttachRequest) -> AttachSpec:
@@ -121,7 +135,7 @@ def attachment_message(view: AttachmentInfoView) -> daemon_pb2.AttachmentInfo:
 
 def daemon_status_message(view: StatusView) -> daemon_pb2.DaemonStatus:
     """Write the daemon's status."""
-    seconds, nanos = divmod(round(view.uptime_s * _NANO), _NANO)
+    seconds, nanos = _split(view.uptime_s)
     return daemon_pb2.DaemonStatus(
         version=view.version,
         daemon_id=view.daemon_id,
@@ -136,5 +150,12 @@ def daemon_status_message(view: StatusView) -> daemon_pb2.DaemonStatus:
 
 
 def _timestamp(epoch_s: float) -> timestamp_pb2.Timestamp:
-    seconds, nanos = divmod(round(epoch_s * _NANO), _NANO)
+    seconds, nanos = _split(epoch_s)
     return timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)
+
+
+def _split(time_s: float) -> tuple[int, int]:
+    """Return whole seconds and nanoseconds; the fraction is scaled alone, or a float of today loses its last digits."""
+    fraction, whole = math.modf(time_s)
+    carry, nanos = divmod(round(fraction * _NANO), _NANO)
+    return int(whole) + carry, nanos

@@ -36,7 +36,7 @@ def why(error: OSError) -> str:
 
 
 def explain(tried: str, error: OSError, remedy: str = "") -> NetfenceError:
-    """Make the error for `tried` ("attach tc ingress on veth3"); `remedy` stands where the errno gives no better one."""
+    """Make the error for `tried` ("attach tc ingress on veth3"); `remedy` stands where errno gives no better one."""
     head = f"{tried}: {why(error)}"
     code = error.errno or 0
     if code in _DENIED:

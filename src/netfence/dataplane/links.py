@@ -1,8 +1,8 @@
 """BPF links, pins, program facts and test runs: thin typed calls over `sysbpf`.
 
 Owns the attribute layouts of the link, query, info, pin and test-run commands (`union bpf_attr` of kernel 6.18,
-include/uapi/linux/bpf.h). Refuses to know what our programs do, which hook they belong to, or how a failure is told to a user: every
-function raises OSError as the kernel gave it; `hooks/` turns that into an error with a remedy.
+include/uapi/linux/bpf.h). Refuses to know what our programs do, which hook they belong to, or how a failure is told to
+a user: every function raises OSError as the kernel gave it; `hooks/` turns that into an error with a remedy.
 
 Every returned descriptor is close-on-exec (the kernel does that for bpf objects) and belongs to the caller.
 Creating and releasing tcx links waits for RCU (about 16 ms): call from a thread.

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from netfence.dns.limits import MAX_CHAIN, MAX_NEGATIVE_S, MAX_RECORDS
 from netfence.dns.wire import (
@@ -46,8 +45,7 @@ _SHORTS = struct.Struct("!HH")
 _LONG = struct.Struct("!I")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """An upstream's answer to one question.
 
     `raw` is the message; its records without OPT are ``raw[start:end]`` with `counts` in the three sections (`end` is
@@ -162,7 +160,7 @@ class _Scanner:
     def _data_of(self, owner: str, rtype: int, ttl: int, rdata: int, end: int, *, answer: bool) -> None:
         """Note what the RDATA of an IN record means for us."""
         data = self._data
-        if rtype == A or rtype == AAAA:
+        if rtype in (A, AAAA):
             if end - rdata != (4 if rtype == A else 16):
                 raise WireError("address of the wrong length")
             self._address(owner, rtype, ttl, (normal(data[rdata:end]),), "", answer=answer)
@@ -172,7 +170,7 @@ class _Scanner:
                 raise WireError("CNAME of the wrong length")
             if answer and self._cnames.setdefault(owner, (target, ttl))[0] != target:
                 raise WireError("two CNAMEs for one name")
-        elif rtype == SVCB or rtype == HTTPS:
+        elif rtype in (SVCB, HTTPS):
             target, hints = read_svcb(data[rdata:end])
             self._address(owner, rtype, ttl, hints, target, answer=answer)
         elif rtype == SOA and not answer:

@@ -7,10 +7,10 @@ arrives after its name was denied is denied. Sockets belong to `server` and `tcp
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 
 import structlog
@@ -49,8 +49,17 @@ class _Serving(NamedTuple):
     ede: Ede | None
 
 
-# What has to be waited for before a query can be judged further: an upstream's answer, or the control plane (None).
-_Need = CacheKey | None
+class _Asked:
+    """A query on its way, and what was found out for it under the policy of `generation`."""
+
+    __slots__ = ("generation", "query", "restarts", "send", "verdict")
+
+    def __init__(self, query: Query, send: Send) -> None:
+        self.query = query
+        self.send = send
+        self.generation = 0
+        self.restarts = 0
+        self.verdict: Verdict | None = None
 
 
 class Handler:
@@ -74,15 +83,13 @@ class Handler:
         self._resolver = resolver
         self._space = guard.PrivateSpace(settings.allow_private)
         self._proxy = ProxyBook(gate, clock)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting = 0
+        self._closed = False
         self._logged = -math.inf
 
     async def close(self) -> None:
-        """End every query that still waits, unanswered, and free our share of the cache."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Leave every query that still waits unanswered, and free our share of the cache."""
+        self._closed = True
         await self._proxy.close()
         self._cache.forget_owner(self)
 
@@ -119,19 +126,7 @@ class Handler:
             self.gate.note_query(False)
             send(message.reply(query, REFUSED, Ede(EDE_OTHER, "netfence: more queries than dns.max_qps")))
             return True
-        done = self._step(query, None, None)
-        if isinstance(done, bytes):
-            send(done)
-        elif len(self._tasks) >= MAX_OUTSTANDING:
-            self.gate.note_query(False)
-            send(message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: too many queries wait for an answer")))
-        else:
-            generation = self.gate.generation
-            task = asyncio.get_running_loop().create_task(
-                self._later(query, done, self._ask(query, done), generation, send), name="dns-query"
-            )
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._advance(_Asked(query, send))
         return True
 
     def _refuse(self, data: bytes, refusal: Refusal) -> bytes:
@@ -141,95 +136,84 @@ class Handler:
             self.gate.note_query(False)
         return message.reply(refusal.query, refusal.rcode)
 
-    def _ask(self, query: Query, need: _Need) -> asyncio.Future[Answer] | asyncio.Future[Verdict]:
-        """Begin to wait for what is missing."""
-        if need is None:
-            return self._proxy.decide(strip(query.name, self._settings.search_suffixes), query.qtype)
-        return self._resolver.resolve(need, query, self)
-
-    async def _later(
-        self,
-        query: Query,
-        need: _Need,
-        waiting: asyncio.Future[Answer] | asyncio.Future[Verdict],
-        generation: int,
-        send: Send,
-    ) -> None:
-        try:
-            reply = await self._wait(query, need, waiting, generation)
-        except Exception as error:
-            self._log("dns_query_failed", error)
-            reply = message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: internal error"))
-        send(reply)
-
-    async def _wait(
-        self,
-        query: Query,
-        need: _Need,
-        waiting: asyncio.Future[Answer] | asyncio.Future[Verdict],
-        generation: int,
-    ) -> bytes:
-        """Wait for what is missing, judge anew, until there is a reply. What an older policy asked for is dropped."""
-        verdict: Verdict | None = None
-        answer: Answer | None = None
-        for _ in range(2 * MAX_REJUDGE):
-            failure: NetfenceError | None = None
-            try:
-                got = await waiting
-            except NetfenceError as error:
-                failure = error
-            else:
-                if isinstance(got, Answer):
-                    answer = got
-                    if need is not None:
-                        self._cache.put(need, answer, self)
-                else:
-                    verdict = got
-            if generation != self.gate.generation:
-                generation = self.gate.generation
-                verdict = answer = None
-            elif failure is not None:
-                return self._failed(query, need, failure)
-            done = self._step(query, verdict, answer)
-            if isinstance(done, bytes):
-                return done
-            need = done
-            waiting = self._ask(query, need)
-        self.gate.note_query(False)
-        return message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: the policy keeps changing"))
-
-    def _failed(self, query: Query, need: _Need, failure: NetfenceError) -> bytes:
-        """Return the SERVFAIL for a wait that ended without a result."""
-        if need is None:
-            self.gate.note_query(False)
-            return message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: the control plane gave no decision"))
-        self.gate.note_query(True)
-        return message.reply(query, SERVFAIL, Ede(EDE_NO_REACHABLE, f"netfence: {failure}"))
-
-    def _step(self, query: Query, decided: Verdict | None, answer: Answer | None) -> bytes | _Need:
-        """Take a query as far as it goes without waiting: its reply, or what has to be waited for.
-
-        `decided` and `answer` are what was waited for under the policy of this moment.
-        """
+    def _advance(self, asked: _Asked) -> None:
+        """Take a query as far as it goes without waiting: to its reply, or to what `_resume` goes on from."""
+        query = asked.query
         policy = self.gate.policy
-        suffixes = self._settings.search_suffixes
-        verdict = judge(policy, query.name, suffixes)
+        asked.generation = self.gate.generation
+        verdict = asked.verdict
         if verdict is None:
-            verdict = decided or self._proxy.known(strip(query.name, suffixes), query.qtype)
+            suffixes = self._settings.search_suffixes
+            verdict = judge(policy, query.name, suffixes)
             if verdict is None:
-                return None
+                name = strip(query.name, suffixes)
+                verdict = self._proxy.known(name, query.qtype)
+                if verdict is None:
+                    if self._may_wait(asked):
+                        self._proxy.decide(name, query.qtype, partial(self._resume, asked, None))
+                    return
+            asked.verdict = verdict
         if verdict.denied and not verdict.audit:
-            return self._deny(query, verdict.why, verdict.until)
+            asked.send(self._deny(query, verdict.why, verdict.until))
+            return
         if verdict.ips:
             made = message.from_addresses(query, verdict.ips, verdict.ttl_s, verdict.since)
-            return self._finish(query, verdict._replace(guard=False), made)
-        if answer is None:
-            upstreams = policy.dns.upstreams or self._settings.upstreams
-            key = CacheKey(upstreams, query.key, query.do, bool(query.flags & CD))
-            answer = self._cache.get(key, self.clock())
-            if answer is None:
-                return key
-        return self._finish(query, verdict, answer)
+            asked.send(self._finish(query, verdict._replace(guard=False), made))
+            return
+        upstreams = policy.dns.upstreams or self._settings.upstreams
+        key = CacheKey(upstreams, query.key, query.do, bool(query.flags & CD))
+        answer = self._cache.get(key, self.clock())
+        if answer is not None:
+            asked.send(self._finish(query, verdict, answer))
+        elif self._may_wait(asked):
+            self._resolver.resolve(key, query, self, partial(self._resume, asked, key))
+
+    def _may_wait(self, asked: _Asked) -> bool:
+        """Count a query that has to wait; when too many do, answer it with SERVFAIL."""
+        if self._waiting >= MAX_OUTSTANDING:
+            self.gate.note_query(False)
+            ede = Ede(EDE_OTHER, "netfence: too many queries wait for an answer")
+            asked.send(message.reply(asked.query, SERVFAIL, ede))
+            return False
+        self._waiting += 1
+        return True
+
+    def _resume(self, asked: _Asked, key: CacheKey | None, got: Answer | Verdict | NetfenceError) -> None:
+        """Go on with what was waited for: the answer of an upstream (`key`) or a decision. Never raises."""
+        self._waiting -= 1
+        if key is not None and isinstance(got, Answer):
+            self._cache.put(key, got, self)
+        if self._closed:
+            return
+        try:
+            self._judge_again(asked, got)
+        except Exception as error:
+            self._log("dns_query_failed", error)
+            asked.send(message.reply(asked.query, SERVFAIL, Ede(EDE_OTHER, "netfence: internal error")))
+
+    def _judge_again(self, asked: _Asked, got: Answer | Verdict | NetfenceError) -> None:
+        query = asked.query
+        if asked.generation != self.gate.generation:
+            # Whatever was found out belongs to an older policy. A good answer is in the cache now.
+            asked.verdict = None
+            asked.restarts += 1
+            if asked.restarts <= MAX_REJUDGE:
+                self._advance(asked)
+                return
+            self.gate.note_query(False)
+            asked.send(message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: the policy keeps changing")))
+        elif isinstance(got, Verdict):
+            asked.verdict = got
+            self._advance(asked)
+        elif asked.verdict is None:
+            self.gate.note_query(False)
+            ede = Ede(EDE_OTHER, "netfence: the control plane gave no decision")
+            asked.send(message.reply(query, SERVFAIL, ede))
+        elif isinstance(got, Answer):
+            asked.send(self._finish(query, asked.verdict, got))
+        else:
+            self.gate.note_query(True)
+            asked.send(message.reply(query, SERVFAIL, Ede(EDE_NO_REACHABLE, f"netfence: {got}")))
 
     def _deny(self, query: Query, why: str, until: float = math.inf) -> bytes:
         """Return the reply to a denied query, and keep it ready."""
@@ -245,6 +229,7 @@ class Handler:
         policy = self.gate.policy
         until = verdict.until
         ede: Ede | None = None
+        stay = answer.special
         if verdict.guard:
             if answer.chain and not verdict.denied and (why := chain_denial(policy, answer.chain)) is not None:
                 if not policy.audit:
@@ -253,10 +238,14 @@ class Handler:
             if answer.special:
                 stay, stay_until = guard.permitted(answer.special, self._space, policy, now)
                 until = min(until, stay_until)
-                if len(stay) < len(answer.special):
-                    answer, ede = self._cut(query, answer, stay)
-        if not answer.end:
-            answer = message.without_opt(query, answer)
+        try:
+            if len(stay) < len(answer.special):
+                answer, ede = self._cut(query, answer, stay)
+            if not answer.end:
+                answer = message.without_opt(query, answer)
+        except WireError as error:
+            self.gate.note_query(True)
+            return message.reply(query, SERVFAIL, Ede(EDE_OTHER, f"netfence: the answer cannot be changed: {error}"))
         cap_s = self._cap_s if verdict.guard else _NO_CAP
         age_s = max(int(now - answer.received), 0)
         reply = message.relay(query, answer, age_s, cap_s, ede)

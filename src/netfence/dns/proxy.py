@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 from dnslib import QTYPE
@@ -23,14 +23,8 @@ MAX_TTL: Final = 0x7FFFFFFF
 
 log = structlog.get_logger(__name__)
 
+Done = Callable[[Verdict | NetfenceError], None]
 Question = tuple[str, int]  # name, type
-
-
-class _Asking(NamedTuple):
-    """A question on its way to the control plane, and who waits for it."""
-
-    task: asyncio.Task[None]
-    waiters: list[asyncio.Future[Verdict]]
 
 
 class ProxyBook:
@@ -41,7 +35,7 @@ class ProxyBook:
         self._clock = clock
         self._generation = gate.generation
         self._known: dict[Question, Verdict] = {}
-        self._asking: dict[Question, _Asking] = {}
+        self._asking: dict[Question, list[Done]] = {}  # who waits for a question on its way
         self._tasks: set[asyncio.Task[None]] = set()
 
     def known(self, name: str, qtype: int) -> Verdict | None:
@@ -53,20 +47,17 @@ class ProxyBook:
             return None
         return verdict
 
-    def decide(self, name: str, qtype: int) -> asyncio.Future[Verdict]:
-        """Ask about a name, together with whoever asks the same; the future raises NetfenceError when that fails."""
+    def decide(self, name: str, qtype: int, done: Done) -> None:
+        """Ask about a name, together with whoever asks the same; `done` gets the decision, or why there is none."""
         self._sync()
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Verdict] = loop.create_future()
-        asking = self._asking.get((name, qtype))
-        if asking is None:
-            waiters: list[asyncio.Future[Verdict]] = []
-            task = loop.create_task(self._ask(name, qtype, waiters), name="dns-proxy")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            asking = self._asking[name, qtype] = _Asking(task, waiters)
-        asking.waiters.append(future)
-        return future
+        waiters = self._asking.get((name, qtype))
+        if waiters is not None:
+            waiters.append(done)
+            return
+        waiters = self._asking[name, qtype] = [done]
+        task = asyncio.get_running_loop().create_task(self._ask(name, qtype, waiters), name="dns-proxy")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
         """Stop asking."""
@@ -82,31 +73,25 @@ class ProxyBook:
             self._known.clear()
             self._asking.clear()
 
-    async def _ask(self, name: str, qtype: int, waiters: list[asyncio.Future[Verdict]]) -> None:
+    async def _ask(self, name: str, qtype: int, waiters: list[Done]) -> None:
         generation = self._generation
-        failure: NetfenceError | None = None
-        verdict: Verdict | None = None
+        result: Verdict | NetfenceError
         try:
-            verdict = await self._verdict(name, qtype)
+            result = await self._verdict(name, qtype)
         except NetfenceError as error:
-            failure = error
+            result = error
         except Exception as error:
             log.error("query_dns_failed", error=repr(error))
-            failure = UnavailableError("ask the control plane: internal error")
+            result = UnavailableError("ask the control plane: internal error")
         self._sync()
         if generation == self._generation:
             self._asking.pop((name, qtype), None)
-            if verdict is not None and verdict.until > self._clock():
+            if isinstance(result, Verdict) and result.until > self._clock():
                 while len(self._known) >= MAX_DECISIONS:
                     del self._known[next(iter(self._known))]
-                self._known[name, qtype] = verdict
-        for waiter in waiters:
-            if waiter.done():
-                continue
-            if verdict is not None:
-                waiter.set_result(verdict)
-            else:
-                waiter.set_exception(failure or UnavailableError("ask the control plane: stopped"))
+                self._known[name, qtype] = result
+        for done in waiters:
+            done(result)
 
     async def _verdict(self, name: str, qtype: int) -> Verdict:
         answer = await self._gate.ask_control_plane(name, QTYPE.forward.get(qtype, f"TYPE{qtype}"))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from netfence.dns.wire import NXDOMAIN, REFUSED
-from netfence.policy.upstream import parse_upstream
+from netfence.policy.upstream import canonical_upstream, parse_upstream
 
 REJECT_RCODES = {"refused": REFUSED, "nxdomain": NXDOMAIN}
 
@@ -23,7 +23,7 @@ class DnsSettings:
 
     `upstreams` are the defaults, ``host[:port]``, tried in order. `allow_private` are keys of `netfence.policy` (packed
     masked address and one octet of prefix length). `search_domains` are names without the final dot, lower case.
-    `max_qps` 0 means no limit. Durations in seconds.
+    `max_qps` 0 means no limit. Durations in seconds. Raises ValueError for a bad upstream or rcode.
     """
 
     upstreams: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ class DnsSettings:
     def __post_init__(self) -> None:
         if self.reject_rcode not in REJECT_RCODES:
             raise ValueError(f"dns.reject_rcode {self.reject_rcode!r}: must be one of {', '.join(REJECT_RCODES)}")
+        object.__setattr__(self, "upstreams", tuple(map(canonical_upstream, self.upstreams)))
         # Longest first, so that of two nested search domains the whole of the longer one is stripped.
         suffixes = sorted({"." + name.strip(".").lower() for name in self.search_domains if name.strip(".")}, key=len)
         object.__setattr__(self, "search_suffixes", tuple(reversed(suffixes)))

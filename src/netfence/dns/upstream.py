@@ -27,6 +27,8 @@ from netfence.dns.settings import DnsSettings, Upstream, upstream_of
 from netfence.dns.wire import REFUSED, SERVFAIL, Query, WireError
 from netfence.errors import ExhaustedError, NetfenceError, UnavailableError
 
+Done = Callable[[Answer | NetfenceError], None]
+
 log = structlog.get_logger(__name__)
 
 
@@ -45,26 +47,24 @@ class Resolver:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def resolve(self, key: CacheKey, query: Query, owner: object) -> asyncio.Future[Answer]:
+    def resolve(self, key: CacheKey, query: Query, owner: object, done: Done) -> None:
         """Ask `key.upstreams` the question of `query`; equal questions in the air share one flight.
 
-        The future gives the answer, or raises UnavailableError (no upstream answered usefully) or ExhaustedError (too
-        many questions in the air). `owner` is charged for a new flight.
+        `done` is called once, perhaps at once: with the answer, or with UnavailableError (no upstream answered
+        usefully) or ExhaustedError (too many questions in the air). `owner` is charged for a new flight.
         """
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         if (flight := self._flights.get(key)) is not None:
-            flight.waiters.append(future)
-            return future
+            flight.waiters.append(done)
+            return
         try:
             flight = self._prepare(key, query, owner)
         except NetfenceError as error:
-            future.set_exception(error)
-            return future
+            done(error)
+            return
         self._flights[key] = flight
         self._by_owner[owner] += 1
-        flight.waiters.append(future)
+        flight.waiters.append(done)
         flight.next_try()
-        return future
 
     def _prepare(self, key: CacheKey, query: Query, owner: object) -> _Flight:
         """Make the flight of a question; raises ExhaustedError or UnavailableError."""
@@ -98,7 +98,7 @@ class Resolver:
             log.error("dns_task_failed", task=task.get_name(), error=repr(failure))
 
     async def close(self) -> None:
-        """End every flight: its waiters get UnavailableError."""
+        """End every flight: who waits gets UnavailableError."""
         self.udp.close()
         tasks = list(self._tasks)
         for task in tasks:
@@ -116,7 +116,6 @@ class _Flight:
         "_current",
         "_deadline",
         "_left",
-        "_loop",
         "_name",
         "_packet",
         "_qtype",
@@ -134,9 +133,8 @@ class _Flight:
     ) -> None:
         self.key = key
         self.owner = owner
-        self.waiters: list[asyncio.Future[Answer]] = []
+        self.waiters: list[Done] = []
         self._resolver = resolver
-        self._loop = asyncio.get_running_loop()
         self._name = query.name
         self._qtype = query.qtype
         self._question = key.question
@@ -144,13 +142,13 @@ class _Flight:
         self._left = deque(upstreams)
         self._again: list[Upstream] = []  # did not answer in this round
         self._rounds = resolver.attempts
-        self._deadline = self._loop.time() + RESOLVE_DEADLINE_S
+        self._deadline = self._resolver.clock() + RESOLVE_DEADLINE_S
         self._current = upstreams[0]
         self._why = ""
 
     def next_try(self) -> None:
         """Ask the next upstream, or give up."""
-        while self._loop.time() < self._deadline:
+        while self._resolver.clock() < self._deadline:
             if not self._left:
                 self._rounds -= 1
                 if self._rounds <= 0 or not self._again:
@@ -199,17 +197,14 @@ class _Flight:
             self._note(f"answered with rcode {answer.rcode}", again=False)
             self.next_try()
         else:
-            self._resolver.land(self)
-            for waiter in self.waiters:
-                if not waiter.done():
-                    waiter.set_result(answer)
+            self._end(answer)
 
     async def _over_tcp(self) -> None:
         """Ask the current upstream again over TCP."""
         try:
             data = await ask_tcp(self._current, self._packet, self._question, self._resolver.timeout_s)
         except OSError as error:  # a time-out is one
-            self._note(f"over TCP: {error.strerror or error or type(error).__name__}", again=True)
+            self._note(f"over TCP: {error.strerror or str(error) or type(error).__name__}", again=True)
             self.next_try()
         except Exception:
             self.fail("internal error")
@@ -219,7 +214,10 @@ class _Flight:
 
     def fail(self, why: str) -> None:
         """End without an answer."""
+        self._end(UnavailableError(f"ask upstream: {why}"))
+
+    def _end(self, result: Answer | NetfenceError) -> None:
         self._resolver.land(self)
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_exception(UnavailableError(f"ask upstream: {why}"))
+        for done in self.waiters:
+            done(result)
+        self.waiters = []

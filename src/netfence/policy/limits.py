@@ -44,3 +44,12 @@ that asks for ever new names can make us remember."""
 
 MAX_ERROR_TEXT: Final = 80
 """Characters of a bad value that an error message repeats: a megabyte of garbage must not become a log line."""
+
+MAX_METADATA_KEYS: Final = 64
+"""Keys of one metadata map: orchestrators label with a dozen."""
+
+MAX_METADATA_KEY_BYTES: Final = 63
+"""Bytes of a metadata key in UTF-8: a label's length in the orchestrators that people use."""
+
+MAX_METADATA_VALUE_BYTES: Final = 1024
+"""Bytes of a metadata value in UTF-8."""

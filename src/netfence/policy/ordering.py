@@ -21,17 +21,21 @@ _OVERSAMPLE: Final = 16
 
 def sort_in_pieces(keys: Sequence[T]) -> list[T]:
     """Return the keys sorted, in many short C calls instead of a long one."""
-    count = len(keys)
-    if count <= RANGE:
+    if len(keys) <= RANGE:
         return sorted(keys)
-    ranges = count // RANGE + 1
-    sample = sorted(keys[:: max(1, count // (ranges * _OVERSAMPLE))])
+    result: list[T] = []
+    for part in _dealt(keys):
+        part.sort()
+        result += part
+    return result
+
+
+def _dealt(keys: Sequence[T]) -> list[list[T]]:
+    """Return the keys in ranges, each range greater than those before it, by a sample of the keys."""
+    ranges = len(keys) // RANGE + 1
+    sample = sorted(keys[:: max(1, len(keys) // (ranges * _OVERSAMPLE))])
     bounds = sample[_OVERSAMPLE - 1 :: _OVERSAMPLE]
     dealt: list[list[T]] = [[] for _ in range(len(bounds) + 1)]
     for key in keys:
         dealt[bisect_right(bounds, key)].append(key)
-    result: list[T] = []
-    for part in dealt:
-        part.sort()
-        result += part
-    return result
+    return dealt

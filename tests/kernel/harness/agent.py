@@ -1,9 +1,9 @@
 """A process inside a network namespace and a cgroup whose sockets the test drives: cheap, precise, one call at a time.
 
-    agent = Agent(netns=topology.host, cgroup=cgroup)
-    agent.udp().sendto(tag.payload, ("203.0.113.10", 9))      # PermissionError where the fence refuses
-    with agent.connect("203.0.113.80", 80) as connection:
-        connection.send(b"hello")
+agent = Agent(netns=topology.host, cgroup=cgroup)
+agent.udp().sendto(tag.payload, ("203.0.113.10", 9))      # PermissionError where the fence refuses
+with agent.connect("203.0.113.80", 80) as connection:
+    connection.send(b"hello")
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import dnslib
@@ -126,17 +125,17 @@ class Agent:
             raise OSError(number, os.strerror(number) if number else answer["error"])
         return answer
 
-    def socket(self, family: int, kind: int, protocol: int = 0) -> RemoteSocket:
+    def open(self, family: int, kind: int, protocol: int = 0) -> RemoteSocket:
         """Make any socket."""
         return RemoteSocket(self, int(self.ask("socket", family=family, kind=kind, protocol=protocol)["handle"]))
 
     def udp(self, family: int = socket.AF_INET) -> RemoteSocket:
         """Make a UDP socket."""
-        return self.socket(family, socket.SOCK_DGRAM)
+        return self.open(family, socket.SOCK_DGRAM)
 
     def tcp(self, family: int = socket.AF_INET) -> RemoteSocket:
         """Make a TCP socket."""
-        return self.socket(family, socket.SOCK_STREAM)
+        return self.open(family, socket.SOCK_STREAM)
 
     def connect(self, host: str, port: int, timeout_s: float = TIMEOUT_S) -> RemoteSocket:
         """Open a TCP connection to an address of either family."""
@@ -158,7 +157,8 @@ class Agent:
         if tcp:
             with self.connect(*server, timeout_s=timeout_s) as connection:
                 connection.send(len(raw).to_bytes(2, "big") + raw)
-                answer = receive_exactly(connection, int.from_bytes(receive_exactly(connection, 2, timeout_s)), timeout_s)
+                size = int.from_bytes(receive_exactly(connection, 2, timeout_s))
+                answer = receive_exactly(connection, size, timeout_s)
         else:
             with self.udp(family_of(server[0])) as sock:
                 sock.connect(server)
@@ -173,7 +173,7 @@ class Agent:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -5,6 +5,7 @@ Look inside from outside with `nsenter --net=/proc/<pid>/fd/<fd>`; `repr()` tell
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -66,14 +67,15 @@ class NetNs:
             os.close(before)
 
     def ip(self, *commands: str) -> None:
-        """Run `ip` commands (without the word ip) as one batch; the first that fails ends it with its message."""
-        with self.inside():
-            done = subprocess.run(
-                ["ip", "-batch", "-"], input="\n".join(commands), text=True, capture_output=True, check=False
-            )
-        if done.returncode != 0:
-            message = f"ip in {self.name}: {done.stderr.strip()} in {list(commands)}"
-            raise RuntimeError(message)
+        """Run `ip` commands (without the word ip; `-6` first for IPv6) in order; the first that fails raises."""
+        for six, batch in itertools.groupby(commands, lambda command: command.startswith("-6 ")):
+            lines = "\n".join(command.removeprefix("-6 ") for command in batch)
+            argv = ["ip", *(["-6"] if six else []), "-batch", "-"]
+            with self.inside():
+                done = subprocess.run(argv, input=lines, text=True, capture_output=True, check=False)
+            if done.returncode != 0:
+                message = f"ip in {self.name}: {done.stderr.strip()} in:\n{lines}"
+                raise RuntimeError(message)
 
     def ip_json(self, *arguments: str) -> list[dict[str, Any]]:
         """Run one reading `ip` command and return what it says."""
@@ -112,4 +114,4 @@ class NetNs:
 def veth(left: tuple[NetNs, str], right: tuple[NetNs, str]) -> None:
     """Make a veth pair whose ends are born in their namespaces under their final names."""
     (ns, name), (peer_ns, peer_name) = left, right
-    ns.ip(f"link add {name} type veth peer name {peer_name} netns {peer_ns.path}")
+    ns.ip(f"link add name {name} type veth peer name {peer_name} netns {peer_ns.path}")

@@ -114,7 +114,7 @@ class Sniffer:
         self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         self._socket.bind((ifname, ETH_P_ALL))
-        self._socket.setblocking(False)  # noqa: FBT003  # the socket module's own signature
+        self._socket.setblocking(False)  # the socket module's own signature
 
     def frames(self, until: Callable[[bytes], bool], timeout_s: float = TIMEOUT_S) -> Iterator[bytes]:
         """Give every frame up to and with the first for which `until` is true; TimeoutError if none comes in time."""

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor, FileDescriptor
+
 from netfence.v1 import control_pb2, daemon_pb2, types_pb2
 
 ROOT = Path(__file__).resolve().parents[3]

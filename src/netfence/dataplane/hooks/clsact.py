@@ -30,7 +30,8 @@ HANDLE = 0x6E66  # "nf": ours among the filters of one priority
 NAME = "netfence"
 
 _TCMSG = struct.Struct("=BxxxiIII")  # family, ifindex, handle, parent, info (priority << 16 | protocol)
-_TC_H_CLSACT, _CLSACT_HANDLE = 0xFFFFFFF1, 0xFFFF0000
+QDISC_PARENT = 0xFFFFFFF1  # TC_H_CLSACT
+_QDISC_HANDLE = 0xFFFF0000
 PARENT = {Side.INGRESS: 0xFFFFFFF2, Side.EGRESS: 0xFFFFFFF3}  # TC_H_CLSACT major, minors TC_H_MIN_{INGRESS,EGRESS}
 _TCX_TYPE = {Side.INGRESS: AttachType.TCX_INGRESS, Side.EGRESS: AttachType.TCX_EGRESS}
 _TCA_KIND, _TCA_OPTIONS, _TCA_CHAIN = 1, 2, 11
@@ -132,7 +133,7 @@ def in_front(ifindex: int, side: Side, prog_id: int) -> tuple[Foreign, ...]:
 
 def _ensure_qdisc(netlink: Rtnl, ifindex: int, name: str, side: Side, what: str) -> bool:
     """Make the clsact qdisc; False when it is there already."""
-    payload = _TCMSG.pack(0, ifindex, _CLSACT_HANDLE, _TC_H_CLSACT, 0) + rtnl.attribute(_TCA_KIND, b"clsact\0")
+    payload = _TCMSG.pack(0, ifindex, _QDISC_HANDLE, QDISC_PARENT, 0) + rtnl.attribute(_TCA_KIND, b"clsact\0")
     try:
         netlink.request(rtnl.RTM_NEWQDISC, payload, rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL)
     except OSError as error:
@@ -151,13 +152,13 @@ def _ensure_qdisc(netlink: Rtnl, ifindex: int, name: str, side: Side, what: str)
 
 def _qdisc_kind(netlink: Rtnl, ifindex: int) -> str:
     # Without the echo flag the answer goes to the multicast group only (seen on 6.18).
-    found = netlink.request(rtnl.RTM_GETQDISC, _TCMSG.pack(0, ifindex, 0, _TC_H_CLSACT, 0), rtnl.NLM_F_ECHO)
+    found = netlink.request(rtnl.RTM_GETQDISC, _TCMSG.pack(0, ifindex, 0, QDISC_PARENT, 0), rtnl.NLM_F_ECHO)
     return rtnl.text(rtnl.attributes(found[0].payload[_TCMSG.size :]).get(_TCA_KIND, b"")) if found else ""
 
 
 def _remove_qdisc(netlink: Rtnl, ifindex: int, marker: Path) -> None:
     try:
-        netlink.request(rtnl.RTM_DELQDISC, _TCMSG.pack(0, ifindex, _CLSACT_HANDLE, _TC_H_CLSACT, 0))
+        netlink.request(rtnl.RTM_DELQDISC, _TCMSG.pack(0, ifindex, _QDISC_HANDLE, QDISC_PARENT, 0))
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.EINVAL):  # gone already, or replaced by another kind
             raise

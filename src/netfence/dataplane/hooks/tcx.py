@@ -23,8 +23,8 @@ def attach(prog_fd: int, ifindex: int, name: str, side: Side, pin: Path) -> None
     """Attach a loaded SCHED_CLS program in front of all others and pin the link at `pin`.
 
     `name` is the interface's, for messages. Raises NotFoundError (interface gone), ExistsError (pin taken),
-    PermissionDeniedError, ExhaustedError (the chain is full: 63 programs), PreconditionError (kernel before 6.6). On failure
-    nothing is attached.
+    PermissionDeniedError, ExhaustedError (the chain is full: 63 programs), PreconditionError (kernel before 6.6). On
+    failure nothing is attached.
     """
     try:
         link_fd = links.link_create_tcx(prog_fd, ifindex, _ATTACH_TYPE[side], before=True)
@@ -63,7 +63,7 @@ def detach(pin: Path) -> bool:
 
 
 def attached(pin: Path, ifindex: int, side: Side) -> bool:
-    """Tell whether the pinned link is in force on this very device; False once that is gone, its index reused or not."""
+    """Tell whether the pinned link is in force on this very device; False once that is gone, index reused or not."""
     try:
         info = links.pinned_link_info(pin)
     except OSError as error:

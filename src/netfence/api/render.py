@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from netfence.text import printable
 from netfence.v1 import daemon_pb2, types_pb2
 
 if TYPE_CHECKING:  # rich takes 60 ms to import, which a pipe need not wait for
@@ -141,13 +142,6 @@ def age_text(age_s: float) -> str:
         if whole >= size_s:
             return f"{whole // size_s}{unit}"
     return f"{whole}s"
-
-
-def printable(text: str) -> str:
-    """Return `text` with everything that is not printable escaped, so that it cannot steer a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _hook(info: daemon_pb2.AttachmentInfo) -> str:

@@ -1,0 +1,298 @@
+"""The composition root: makes all parts, starts them in order, runs them, and stops them in reverse.
+
+Owns the process: event loop, signals, service manager, background tasks. What the parts do is theirs: attachments are
+`lifecycle`'s, taking over is `restore`'s. Filters outlive every way this process can end (`enforcement.on_shutdown`
+decides only about a clean stop).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import signal
+import socket
+import time
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import structlog
+import uvloop
+
+from netfence import __version__, endpoints, log
+from netfence.api.service import serve
+from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
+from netfence.config import Config, Loaded, system_upstreams
+from netfence.control.local import LocalControl, NoControl, load_policy_file
+from netfence.control.port import ControlPort, UnsubscribeReason
+from netfence.dataplane.plane import DataPlane
+from netfence.dns.cache import SharedCache
+from netfence.dns.settings import DnsSettings
+from netfence.dns.upstream import Resolver
+from netfence.errors import InvalidError, NetfenceError
+from netfence.lifecycle import Lifecycle, Parts
+from netfence.notify import notify
+from netfence.policy.modes import Mode
+from netfence.policy_codec import Clock
+from netfence.restore import restore
+from netfence.store import Store
+from netfence.targets import TargetKeeper, Watchers
+
+MAINTAIN_S = 30.0  # between two sweeps of every attachment: expired entries count for nothing, they only take room
+GRACE_S = 5.0  # for calls under way at a clean stop
+LIST_PIECE = 200  # attachments whose counters are read in one go, some 2 ms
+GC_THRESHOLD = (20_000, 20, 50)  # rules are hundreds of thousands of objects: fewer walks over them on the loop
+
+events = structlog.get_logger(__name__)
+
+
+def run(loaded: Loaded) -> int:
+    """Run the daemon until SIGTERM or SIGINT; return the exit status. Raises NetfenceError when it cannot start."""
+    log.set_up(loaded.config.log_level, loaded.config.log_format)
+    _raise_open_files()
+    gc.set_threshold(*GC_THRESHOLD)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(_Process(loaded.config).main())
+        except BaseExceptionGroup as group:  # of the task group: one failure is the rule
+            raise _first(group) from group
+    return 0
+
+
+class _Process:
+    """One life of the daemon."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._ready = False
+
+    async def main(self) -> None:
+        """Start, run until told to stop, stop."""
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            self._stop.set()
+            if not self._ready and task is not None:
+                task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        try:
+            await self._start_and_run()
+        except asyncio.CancelledError:
+            if not self._stop.is_set():
+                raise
+            events.info("stopped_while_starting")
+
+    async def _start_and_run(self) -> None:
+        config = self._config
+        control = await make_control(config)
+        detach = config.enforcement.on_shutdown == "detach"
+        async with AsyncExitStack() as stack:
+            store = await asyncio.to_thread(Store.open, config.data_dir)
+            stack.push_async_callback(store.close)
+            mode = Mode[config.enforcement.start_mode.upper()]
+            leases = config.dns.max_leases_total
+            plane = await DataPlane.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
+            stack.push_async_callback(plane.close, detach=detach)
+            dns = dns_settings(config)
+            resolver = Resolver(dns)
+            stack.push_async_callback(resolver.close)
+            watchers = Watchers()
+            stack.callback(watchers.close)
+            watchers.open()
+            parts = Parts(
+                config=config,
+                plane=plane,
+                store=store,
+                control=control,
+                endpoints=endpoints.make(config.dns.listen_addr, config.dns.port_min, config.dns.port_max),
+                dns=dns,
+                cache=SharedCache(config.dns.max_lease),
+                resolver=resolver,
+                watch=watchers,
+                boot_id=Clock.now().boot_id,
+            )
+            lifecycle = Lifecycle(parts)
+            stack.push_async_callback(_end_all, lifecycle, detach=detach)
+            await self._run(lifecycle, TargetKeeper(lifecycle, watchers))
+
+    async def _run(self, lifecycle: Lifecycle, keeper: TargetKeeper) -> None:
+        """Take over what is there, open the API, serve until told to stop."""
+        parts, config = lifecycle.parts, self._config
+        async with asyncio.TaskGroup() as group:
+            await keeper.read_host_addresses()
+            outcomes = await restore(lifecycle, group)
+            daemon = Daemon(lifecycle, group, config.daemon_id or parts.store.daemon_id)
+            background = [
+                group.create_task(keeper.run(), name="targets"),
+                group.create_task(parts.control.run(lifecycle), name="control"),
+                group.create_task(_maintain(lifecycle), name="maintenance"),
+            ]
+            api = await serve(daemon, config.socket, config.socket_group)
+            try:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, daemon.reload)
+                gc.collect()
+                gc.freeze()  # what the start made stays: never walk it again
+                self._ready = True
+                restored = {outcome.value.replace(" ", "_"): count for outcome, count in outcomes.items()}
+                events.info("ready", version=__version__, socket=str(config.socket), **restored)
+                notify("READY=1", f"STATUS={len(lifecycle)} attachments")
+                await self._stop.wait()
+                notify("STOPPING=1")
+                kept = "removed" if config.enforcement.on_shutdown == "detach" else "kept"
+                events.info("stopping", attachments=len(lifecycle), filters=kept)
+            finally:
+                await api.close(GRACE_S)
+            for task in (*background, *daemon.tasks):
+                task.cancel()
+
+
+class Daemon:
+    """The daemon as its local API sees it (`api.service.DaemonPort`)."""
+
+    def __init__(self, lifecycle: Lifecycle, group: asyncio.TaskGroup, daemon_id: str) -> None:
+        self._lifecycle, self._group, self._daemon_id = lifecycle, group, daemon_id
+        self._began = time.monotonic()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def attach(self, spec: AttachSpec) -> AttachmentInfoView:
+        """Fence a target; see `Lifecycle.attach`."""
+        live = await self._lifecycle.attach(spec)
+        self._background(self._lifecycle.warn(live), f"warn {live.row.id}")
+        return self._lifecycle.info(live)
+
+    async def detach(self, attachment_id: str) -> None:
+        """Take a fence off; see `Lifecycle.detach`."""
+        await self._lifecycle.detach(attachment_id)
+
+    async def list(self) -> Sequence[AttachmentInfoView]:
+        """Return every attachment, oldest first."""
+        found = []
+        for count, live in enumerate(self._lifecycle.all()):
+            found.append(self._lifecycle.info(live))
+            if count % LIST_PIECE == LIST_PIECE - 1:
+                await asyncio.sleep(0)
+        return found
+
+    async def status(self) -> StatusView:
+        """Return what `netfenced status` shows."""
+        parts = self._lifecycle.parts
+        return StatusView(
+            version=__version__,
+            daemon_id=self._daemon_id,
+            hostname=socket.gethostname(),
+            control_plane_state=int(parts.control.state),
+            control_plane_address=parts.control.address,
+            attachment_count=len(self._lifecycle),
+            uptime_s=time.monotonic() - self._began,
+            kernel_release=parts.plane.kernel_release,
+            features=parts.plane.features,
+        )
+
+    def reload(self) -> None:
+        """Read the files again that decide policies (SIGHUP)."""
+        self._background(self._lifecycle.parts.control.reload(), "reload")
+
+    def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        async def logged() -> None:
+            try:
+                await work
+            except Exception as error:  # noqa: BLE001 - whatever it is: reported, and the daemon goes on
+                events.exception("background_work_failed", task=name, error=str(error))
+
+        task = self._group.create_task(logged(), name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+async def _maintain(lifecycle: Lifecycle) -> None:
+    """Keep tables free of what expired, and the stored counters near the real ones, until cancelled."""
+    stored: dict[str, tuple[int, int]] = {}
+    while True:
+        await asyncio.sleep(MAINTAIN_S)
+        for live in lifecycle.all():
+            try:
+                await live.attachment.maintain(time.monotonic())
+            except NetfenceError as error:
+                live.attachment.log.warning("maintenance_failed", error=str(error))
+        stored = await _store_counters(lifecycle, stored)
+
+
+async def _store_counters(lifecycle: Lifecycle, stored: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Store the query counters that differ from `stored`; return all of them."""
+    now = {live.row.id: (live.attachment.queries_allowed, live.attachment.queries_blocked) for live in lifecycle.all()}
+    changed = {name: counts for name, counts in now.items() if stored.get(name) != counts}
+    try:
+        if changed:
+            await lifecycle.parts.store.save_counters(changed)
+    except NetfenceError as error:
+        events.warning("counters_not_stored", error=str(error))
+    return now
+
+
+async def _end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
+    """End the DNS servers; with `detach` take the fences off too."""
+    await _store_counters(lifecycle, {})
+    for live in lifecycle.all():
+        try:
+            if detach:
+                await lifecycle.end(live, UnsubscribeReason.DETACHED)
+            else:
+                await live.attachment.close()
+                await live.server.close()
+        except NetfenceError as error:
+            live.attachment.log.warning("not_ended", error=str(error))
+
+
+async def make_control(config: Config) -> ControlPort:
+    """Choose who decides. Raises InvalidError: a bad policy file, or a control plane, which comes later."""
+    if config.control_plane.url:
+        raise InvalidError(
+            f"start: control_plane.url is {', '.join(config.control_plane.url)}: remote control planes are not"
+            f" supported by netfenced {__version__}; remove it and set policy_file"
+        )
+    if config.metrics.listen is not None:
+        events.warning("not_supported_yet", key="metrics.listen", value=config.metrics.listen, effect="no metrics")
+    if config.policy_file is None:
+        return NoControl()
+    return LocalControl(await asyncio.to_thread(load_policy_file, config.policy_file))
+
+
+def dns_settings(config: Config) -> DnsSettings:
+    """Return what the DNS servers need of the configuration."""
+    dns = config.dns
+    upstreams = dns.upstreams if dns.upstreams is not None else system_upstreams()
+    if not upstreams:
+        events.warning("no_upstreams", remedy="set dns.upstreams", effect="names do not resolve")
+    return DnsSettings(
+        upstreams=upstreams,
+        timeout_s=dns.timeout,
+        attempts=dns.attempts,
+        reject_rcode=dns.reject_rcode,
+        min_lease_s=dns.min_lease,
+        lease_grace_s=dns.lease_grace,
+        max_lease_s=dns.max_lease,
+        allow_private=dns.allow_private_keys,
+        search_domains=dns.search_domains,
+        max_qps=dns.max_qps,
+    )
+
+
+def _raise_open_files() -> None:
+    """Lift the soft limit of open files: each attachment has two sockets, a cgroup one more descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the failure a group is about: the first that is no NetfenceError (a defect), else the first."""
+    known, defects = group.split(NetfenceError)
+    found: BaseException = defects or known or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

@@ -1,0 +1,142 @@
+"""One TCP connection of a client: length-prefixed messages, pipelined, bounded, with an idle time-out (RFC 7766).
+
+A bad length prefix, a response, or a connection too many closes it. Reading pauses while `MAX_TCP_PIPELINE` queries are
+being answered or the client does not read its answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from netfence.dns.handler import Handler
+from netfence.dns.limits import (
+    MAX_TCP_CONNECTIONS,
+    MAX_TCP_PIPELINE,
+    MAX_TCP_QUERY,
+    MAX_TCP_UNSENT,
+    TCP_IDLE_S,
+)
+from netfence.dns.wire import HEADER_LEN
+
+_PREFIX = 2
+
+
+class TcpConnection(asyncio.Protocol):
+    """Frames messages for a `Handler`. `open_connections` holds the live connections of the attachment."""
+
+    def __init__(self, handler: Handler, open_connections: set[TcpConnection], idle_s: float = TCP_IDLE_S) -> None:
+        self._handler = handler
+        self._open = open_connections
+        self._idle_s = idle_s
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._answering = 0
+        self._full = False  # the client does not read
+        self._ended = False  # the client sends no more
+        self._progress = 0.0  # loop time of the last complete query or answer taken
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the connection, unless there are too many."""
+        if len(self._open) >= MAX_TCP_CONNECTIONS:
+            transport.close()
+            return
+        self._transport = cast(asyncio.Transport, transport)
+        self._open.add(self)
+        self._transport.set_write_buffer_limits(high=MAX_TCP_UNSENT)
+        loop = asyncio.get_running_loop()
+        self._progress = loop.time()
+        self._timer = loop.call_later(self._idle_s, self._on_timer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._transport = None
+        self._open.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sent."""
+        self._buffer += data
+        self._work()
+
+    def eof_received(self) -> bool:
+        """Let what is being answered go out, then close."""
+        self._ended = True
+        return self._answering > 0
+
+    def pause_writing(self) -> None:
+        """Stop taking queries: the client does not read."""
+        self._full = True
+        self._work()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        self._full = False
+        self._progress = asyncio.get_running_loop().time()
+        self._work()
+
+    def _work(self) -> None:
+        """Hand complete messages to the handler as far as the bounds allow, and read on or pause accordingly."""
+        while self._transport is not None and not self._full and self._answering < MAX_TCP_PIPELINE:
+            if len(self._buffer) < _PREFIX:
+                break
+            length = self._buffer[0] << 8 | self._buffer[1]
+            if not HEADER_LEN <= length <= MAX_TCP_QUERY:
+                self._transport.abort()
+                return
+            if len(self._buffer) < _PREFIX + length:
+                break
+            message = bytes(self._buffer[_PREFIX : _PREFIX + length])
+            del self._buffer[: _PREFIX + length]
+            self._progress = asyncio.get_running_loop().time()
+            self._message(message)
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._full or self._answering >= MAX_TCP_PIPELINE:
+            self._transport.pause_reading()
+        elif not self._ended:
+            self._transport.resume_reading()
+
+    def _message(self, message: bytes) -> None:
+        if (reply := self._handler.ready(message)) is not None:
+            self._write(reply)
+            return
+        self._answering += 1
+        if not self._handler.take(message, self._answer, tcp=True):
+            self._answering -= 1
+            self.abort()
+
+    def _answer(self, reply: bytes) -> None:
+        """Send the reply to one query, now or later, and go on with those behind it."""
+        self._answering -= 1
+        if self._transport is None:
+            return
+        self._write(reply)
+        if self._ended and not self._answering and not self._buffer:
+            self._transport.close()
+        elif self._answering == MAX_TCP_PIPELINE - 1:
+            asyncio.get_running_loop().call_soon(self._work)
+
+    def _write(self, reply: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(len(reply).to_bytes(2, "big") + reply)
+
+    def _on_timer(self) -> None:
+        """Close when nothing moved for the idle time; queries being answered hold it open unless nobody reads."""
+        self._timer = None
+        if self._transport is None:
+            return
+        loop = asyncio.get_running_loop()
+        left = self._progress + self._idle_s - loop.time()
+        if left <= 0 and (self._full or not self._answering):
+            self._transport.abort()
+            return
+        self._timer = loop.call_later(max(left, 1.0 if left <= 0 else left), self._on_timer)

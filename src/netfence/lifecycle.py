@@ -1,0 +1,383 @@
+"""Attachments from attach to detach: targets, hooks, DNS servers and rows come and go together.
+
+Owns the registry of live attachments, the reservation of targets, and the order of the steps with their way back. The
+policy of an attachment is its own business (`attachment`), taking over after a restart is `restore`'s.
+
+An attach is a stack of steps, each with its undoing pushed before it begins; whatever fails, or whoever cancels, the
+stack is unwound to its bottom, and afterwards nothing is left (semantics.md 22). Every step runs to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import structlog
+
+from netfence.api.views import AttachmentInfoView, AttachSpec
+from netfence.attachment import Attachment, LeaseLimits, dns_address, start_policy
+from netfence.config import Config
+from netfence.control.port import AttachmentView, ControlPort, UnsubscribeReason
+from netfence.dataplane.cgroups import CgroupTarget, raw_senders, require_own_cgroup, resolve_cgroup
+from netfence.dataplane.config import Static
+from netfence.dataplane.plane import DataPlane
+from netfence.dataplane.target import Direction, Hook, InterfaceTarget, LinkLayer, choose_direction, resolve_interface
+from netfence.dns.cache import SharedCache
+from netfence.dns.server import DnsServer
+from netfence.dns.settings import DnsSettings
+from netfence.dns.upstream import Resolver
+from netfence.endpoints import Endpoint, Endpoints
+from netfence.errors import ExistsError, NetfenceError, NotFoundError, PreconditionError
+from netfence.policy.commands import Command
+from netfence.policy.modes import Mode
+from netfence.policy.policy import Policy
+from netfence.store import Row, Store
+from netfence.tasks import finish
+
+Target = InterfaceTarget | CgroupTarget
+Key = tuple[str, int]  # ("interface", ifindex) or ("cgroup", id): what a target is, whatever it is called
+
+SHOWN_SENDERS = 5  # pids named in the warning about CAP_NET_RAW
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Live:
+    """An attachment with what belongs to it. `gone`: its target went away while it was being attached."""
+
+    attachment: Attachment
+    target: Target
+    direction: Direction | None
+    server: DnsServer
+    endpoint: Endpoint
+    gone: bool = False
+
+    @property
+    def row(self) -> Row:
+        """Return what is stored of it."""
+        return self.attachment.row
+
+
+class Watch(Protocol):
+    """What tells us about the fate of targets; see `targets.Watchers`."""
+
+    def watch(self, target: Target) -> None:
+        """Begin to tell."""
+        ...
+
+    def unwatch(self, target: Target) -> None:
+        """Tell no more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What attachments are made with."""
+
+    config: Config
+    plane: DataPlane
+    store: Store
+    control: ControlPort
+    endpoints: Endpoints
+    dns: DnsSettings
+    cache: SharedCache
+    resolver: Resolver
+    watch: Watch
+    boot_id: str
+
+
+class Lifecycle:
+    """All attachments of the daemon; a `ControlHost`. Use it only on the event loop."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._live: dict[str, Live] = {}
+        self._targets: dict[Key, str] = {}
+        config = parts.config
+        self._limits = LeaseLimits(
+            config.dns.min_lease, config.dns.lease_grace, config.dns.max_lease, config.dns.max_leases
+        )
+
+    def __len__(self) -> int:
+        return sum(live.attachment.active for live in self._live.values())
+
+    def all(self) -> list[Live]:
+        """Return every attachment whose first policy is in force, oldest first."""
+        active = [live for live in self._live.values() if live.attachment.active]
+        return sorted(active, key=lambda live: (live.row.attached_at, live.row.id))
+
+    def by_target(self, key: Key) -> Live | None:
+        """Return the attachment of a target, also one being attached."""
+        return self._live.get(self._targets.get(key, ""))
+
+    # -- ControlHost --------------------------------------------------------------------------------------------------
+
+    def attachments(self) -> Sequence[AttachmentView]:
+        """Return what control planes see of every attachment."""
+        return [live.attachment.view() for live in self.all()]
+
+    async def apply(self, attachment_id: str, command: Command, version: str = "") -> None:
+        """Apply a command; see `ControlHost`."""
+        live = self._live.get(attachment_id)
+        if live is None:
+            raise NotFoundError(f"apply a command: no attachment {attachment_id}")
+        await live.attachment.apply(command, version)
+
+    # -- attach -------------------------------------------------------------------------------------------------------
+
+    async def attach(self, spec: AttachSpec) -> Live:
+        """Fence a target, or leave nothing behind (semantics.md 22)."""
+        name = spec.interface if spec.interface is not None else str(spec.cgroup)
+        self.parts.control.check(name)
+        async with AsyncExitStack() as undo:
+            target = await finish(asyncio.to_thread(_resolve, spec), f"resolve {name}")
+            if isinstance(target, CgroupTarget):
+                undo.callback(target.close)
+            direction = _direction(target, spec)
+            attachment_id = str(uuid.uuid4())
+            self._reserve(target, attachment_id)
+            undo.callback(self._targets.pop, key_of(target))
+            live = await self._build(undo, attachment_id, target, direction, spec)
+            try:
+                await self._open(undo, live)
+            except NetfenceError as error:
+                await self._unsubscribe(live, UnsubscribeReason.ERROR, str(error))
+                raise
+            except asyncio.CancelledError:
+                await self._unsubscribe(live, UnsubscribeReason.ERROR, "the caller went away")
+                raise
+            undo.pop_all()
+        row = live.row
+        live.attachment.log.info(
+            "attached", mechanism=row.mechanism, direction=row.direction, dns=dns_address(row), slot=row.slot
+        )
+        return live
+
+    async def _build(
+        self, undo: AsyncExitStack, attachment_id: str, target: Target, direction: Direction | None, spec: AttachSpec
+    ) -> Live:
+        """Reserve slot and DNS endpoint, put the hook in place with `start_mode`, store the row."""
+        parts = self.parts
+        slot = parts.plane.allocate_slot()
+        undo.callback(parts.plane.free_slot, slot)
+        row = _row(attachment_id, slot, target, direction, spec, parts.boot_id)
+        live = self.make(row, target, direction, start_policy(Mode[parts.config.enforcement.start_mode.upper()]))
+        undo.push_async_callback(_undo, live.server.close, "close the DNS server")
+        endpoint = await finish(parts.endpoints.reserve(live.server.start), f"reserve DNS for {row.name}")
+        undo.push_async_callback(_undo, lambda: parts.endpoints.release(endpoint), "release the DNS endpoint")
+        live.endpoint = endpoint
+        live.attachment.row = replace(row, dns_host=endpoint.host, dns_port=endpoint.port)
+        self._live[attachment_id] = live
+        undo.callback(self._live.pop, attachment_id, None)
+        undo.callback(parts.watch.unwatch, target)
+        parts.watch.watch(target)
+        undo.push_async_callback(_undo, lambda: parts.store.remove(attachment_id), "remove the stored state")
+        undo.push_async_callback(_undo, lambda: parts.plane.detach(slot, target, attachment_id), "take the hooks off")
+        attach = parts.plane.attach(slot, target, self.static(live), direction, attachment_id)
+        mechanism = await finish(attach, f"attach {row.name}")
+        live.attachment.row = replace(live.row, mechanism=mechanism)
+        await finish(parts.store.reserve(live.row), f"store {row.name}")
+        return live
+
+    async def _open(self, undo: AsyncExitStack, live: Live) -> None:
+        """Get the first policy and apply it."""
+        attachment = live.attachment
+        undo.push_async_callback(_undo, attachment.close, "refuse further commands")
+        first = await self.parts.control.subscribe(attachment.view())
+        # No suspension between the policy's decision and its place in the attachment's queue: see ControlPort.
+        if first is not None:
+            await attachment.apply(first.update, first.version)
+        else:
+            await attachment.keep_start_policy()
+        if live.gone:
+            raise NotFoundError(f"attach to {live.row.name}: it was removed meanwhile; attach the new one")
+
+    def make(self, row: Row, target: Target, direction: Direction | None, policy: Policy) -> Live:
+        """Make the objects of an attachment; nothing happens yet."""
+        parts = self.parts
+        attachment = Attachment(
+            row, policy, kernel=parts.plane, store=parts.store, control=parts.control, limits=self._limits
+        )
+        server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver)
+        return Live(attachment, target, direction, server, Endpoint(row.dns_host, row.dns_port))
+
+    def register(self, live: Live) -> None:
+        """Note a restored attachment."""
+        self._reserve(live.target, live.row.id)
+        self._live[live.row.id] = live
+        live.attachment.active = True  # its policy is in force, whatever becomes of taking it over
+        self.parts.watch.watch(live.target)
+
+    def static(self, live: Live) -> Static:
+        """Return what the kernel has to know beside the policy. Raises PreconditionError in direction host."""
+        config, target = self.parts.config, live.target
+        host = live.direction is Direction.HOST
+        interface = target if isinstance(target, InterfaceTarget) else None
+        return Static(
+            dns_address=live.endpoint.packed,
+            dns_port=live.endpoint.port,
+            l3=interface is not None and interface.layer is LinkLayer.L3,
+            cgroup=interface is None,
+            host_direction=host,
+            daemon_cgroup=require_own_cgroup(live.row.name) if host else 0,
+            allow_dhcp=config.enforcement.allow_dhcp,
+            replies=config.enforcement.allow_replies,
+            allow_link_local=config.enforcement.allow_link_local,
+            established_idle_s=config.dns.established_idle,
+            established_max_s=config.dns.established_max,
+            dns_ports=(config.dns.port_min, config.dns.port_max),
+            own_addresses=interface.own_addresses if interface is not None else (),
+        )
+
+    def _reserve(self, target: Target, attachment_id: str) -> None:
+        """Take a target for one attachment: of two that attach it at once one wins here."""
+        other = self._targets.setdefault(key_of(target), attachment_id)
+        if other != attachment_id:
+            live = self._live.get(other)
+            state = f"attached already, as {other}" if live and live.attachment.active else "being attached or detached"
+            raise ExistsError(f"attach to {_name(target)}: it is {state}; detach it first")
+
+    # -- detach -------------------------------------------------------------------------------------------------------
+
+    async def detach(self, attachment_id: str) -> None:
+        """Take a fence off. Raises NotFoundError."""
+        live = self._live.get(attachment_id)
+        if live is None or not live.attachment.active:
+            raise NotFoundError(f"detach: no attachment {attachment_id}; see `netfenced list`")
+        await finish(self.end(live, UnsubscribeReason.DETACHED), f"detach {live.row.name}")
+
+    async def end(self, live: Live, reason: UnsubscribeReason) -> None:
+        """Take everything of an attachment away.
+
+        When the kernel refuses, the attachment stays in force; when the store does, it stays listed, without a fence,
+        until a second detach removes the row.
+        """
+        row, parts = live.row, self.parts
+        if self._live.pop(row.id, None) is None:
+            return
+        parts.watch.unwatch(live.target)
+        try:
+            await parts.plane.detach(row.slot, live.target, row.id)
+            await live.attachment.close()
+            await parts.store.remove(row.id)
+        except BaseException:
+            self._live[row.id] = live
+            raise
+        await _undo(live.server.close, "close the DNS server")
+        await _undo(lambda: parts.endpoints.release(live.endpoint), "release the DNS endpoint")
+        parts.plane.free_slot(row.slot)
+        self._targets.pop(key_of(live.target), None)
+        if isinstance(live.target, CgroupTarget):
+            live.target.close()
+        await self._unsubscribe(live, reason, "")
+        live.attachment.log.info("detached", reason=reason.name.lower())
+
+    async def _unsubscribe(self, live: Live, reason: UnsubscribeReason, error: str) -> None:
+        await _undo(lambda: self.parts.control.unsubscribe(live.row.id, reason, error), "unsubscribe")
+
+    # -- what is asked ------------------------------------------------------------------------------------------------
+
+    def info(self, live: Live) -> AttachmentInfoView:
+        """Return an attachment as `list` shows it."""
+        row, attachment = live.row, live.attachment
+        counters = self.parts.plane.counters(row.slot)
+        return AttachmentInfoView(
+            id=row.id,
+            target=row.name,
+            hook="cgroup" if row.kind == "cgroup" else "tc",
+            direction="host" if live.direction is Direction.HOST else "workload",
+            attach_mechanism=row.mechanism,
+            mode=attachment.policy.mode,
+            dns_mode=attachment.policy.dns.mode,
+            dns_address=dns_address(row),
+            attached_at=row.attached_at,
+            metadata=row.metadata,
+            packets_allowed=counters.allowed[0],
+            packets_blocked=counters.blocked[0],
+            dns_queries_allowed=attachment.queries_allowed,
+            dns_queries_blocked=attachment.queries_blocked,
+            policy_version=row.policy_version,
+            policy_hash=attachment.policy_hash,
+        )
+
+    async def warn(self, live: Live) -> None:
+        """Say at attach what the fence cannot do for this target (semantics.md 8, loopback DNS, programs in front)."""
+        target, say = live.target, live.attachment.log.warning
+        if isinstance(target, CgroupTarget):
+            senders = await asyncio.to_thread(raw_senders, target.path)
+            if senders:
+                shown = senders[:SHOWN_SENDERS]
+                say("raw_senders", pids=shown, count=len(senders), effect="AF_PACKET of CAP_NET_RAW is not fenced")
+        elif live.endpoint.loopback:
+            remedy = "set dns.listen_addr to an address of this host that the workload reaches"
+            say("dns_on_loopback", dns=str(live.endpoint), effect="the workload cannot resolve names", remedy=remedy)
+        front = await asyncio.to_thread(self.parts.plane.front, target, live.direction, live.row.id)
+        if front:
+            say("programs_in_front", programs=front, effect="they see packets first and could pass them around us")
+
+
+def key_of(target: Target) -> Key:
+    """Return what identifies a target on this host while it exists."""
+    if isinstance(target, CgroupTarget):
+        return "cgroup", target.cgroup_id
+    return "interface", target.ifindex
+
+
+def _name(target: Target) -> str:
+    return target.path if isinstance(target, CgroupTarget) else target.name
+
+
+def _resolve(spec: AttachSpec) -> Target:
+    return resolve_interface(spec.interface) if spec.interface is not None else resolve_cgroup(str(spec.cgroup))
+
+
+def _direction(target: Target, spec: AttachSpec) -> Direction | None:
+    """Choose the direction; None for a cgroup. Raises PreconditionError."""
+    if spec.hook == "xdp":
+        raise PreconditionError(f"attach to {_name(target)} by xdp: not in this version of netfence; use --hook tc")
+    if isinstance(target, CgroupTarget):
+        return None
+    wish = {"auto": None, "workload": Direction.WORKLOAD, "host": Direction.HOST}[spec.direction]
+    return choose_direction(target, wish, Hook.TC)
+
+
+def _row(
+    attachment_id: str, slot: int, target: Target, direction: Direction | None, spec: AttachSpec, boot_id: str
+) -> Row:
+    kind, identity = key_of(target)
+    return Row(
+        id=attachment_id,
+        slot=slot,
+        kind=kind,
+        name=_name(target),
+        identity=str(identity),
+        link_kind=target.kind if isinstance(target, InterfaceTarget) else "",
+        direction="host" if direction is Direction.HOST else "workload",
+        hook="tc" if kind == "interface" else "cgroup",
+        mechanism="",
+        dns_host="",
+        dns_port=0,
+        boot_id=boot_id,
+        attached_at=time.time(),
+        metadata=dict(spec.metadata),
+    )
+
+
+async def _undo(step: Callable[[], Awaitable[Any]], what: str) -> None:
+    """Do one step of a roll-back to its end; its failure is logged and does not stop the others."""
+
+    async def work() -> None:
+        await step()
+
+    try:
+        await finish(work(), what)
+    except asyncio.CancelledError:
+        pass  # finished all the same; the cancellation that began the roll-back is on its way already
+    except Exception as error:
+        log.exception("roll_back_step_failed", step=what, error=str(error))

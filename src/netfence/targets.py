@@ -1,0 +1,153 @@
+"""Keeping up with targets while they live: gone, renamed, other addresses, hooks taken away (semantics.md 23).
+
+Owns the watchers and what is done about their events; it changes attachments through `lifecycle`. Events come on the
+event loop and are handled in order by one task; removals run beside each other, so that a thousand interfaces deleted
+at once do not wait for one another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from netfence.control.port import UnsubscribeReason
+from netfence.dataplane.cgroup_watch import CgroupWatcher
+from netfence.dataplane.cgroups import CgroupTarget
+from netfence.dataplane.events import (
+    AddressesChanged,
+    CgroupGone,
+    Event,
+    HookGone,
+    HostAddressesChanged,
+    LinkGone,
+    LinkNew,
+    LinkRenamed,
+    Resync,
+)
+from netfence.dataplane.plane import DataPlane
+from netfence.dataplane.target import host_addresses, own_addresses
+from netfence.dataplane.watch import LinkWatcher
+from netfence.errors import NetfenceError
+from netfence.lifecycle import Key, Lifecycle, Live, Target, key_of
+
+log = structlog.get_logger(__name__)
+
+
+class Watchers:
+    """Both watchers behind one pair of methods; what they tell waits in a queue."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._links = LinkWatcher(self.queue.put_nowait)
+        self._cgroups = CgroupWatcher(self.queue.put_nowait)
+
+    def open(self) -> None:
+        """Start on the running loop. Raises NetfenceError."""
+        self._links.open()
+        self._cgroups.open()
+
+    def close(self) -> None:
+        """Stop; idempotent."""
+        self._links.close()
+        self._cgroups.close()
+
+    def watch(self, target: Target) -> None:
+        """Tell from now on what happens to a target, also what happened since it was resolved. Raises NetfenceError."""
+        if isinstance(target, CgroupTarget):
+            self._cgroups.watch(target.cgroup_id, target.path)
+        else:
+            self._links.watch(target.ifindex, target.name)
+
+    def unwatch(self, target: Target) -> None:
+        """Forget a target; before it is detached, so that our own removals are not told."""
+        if isinstance(target, CgroupTarget):
+            self._cgroups.unwatch(target.cgroup_id)
+        else:
+            self._links.unwatch(target.ifindex)
+
+
+class TargetKeeper:
+    """Does what events ask for."""
+
+    def __init__(self, lifecycle: Lifecycle, watchers: Watchers) -> None:
+        self._lifecycle = lifecycle
+        self._plane: DataPlane = lifecycle.parts.plane
+        self._watchers = watchers
+
+    async def run(self) -> None:
+        """Handle events until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                event = await self._watchers.queue.get()
+                try:
+                    await self._handle(event, group)
+                except NetfenceError as error:
+                    log.warning("target_event_failed", event_kind=type(event).__name__, error=str(error))
+
+    async def read_host_addresses(self) -> None:
+        """Tell the kernel which addresses this host has."""
+        self._plane.set_host_addresses(await asyncio.to_thread(host_addresses))
+
+    async def _handle(self, event: Event, group: asyncio.TaskGroup) -> None:
+        match event:
+            case LinkGone(ifindex):
+                group.create_task(self._gone(("interface", ifindex)))
+            case CgroupGone(cgroup_id):
+                group.create_task(self._gone(("cgroup", cgroup_id)))
+            case LinkRenamed(ifindex, name):
+                await self._renamed(ifindex, name)
+            case AddressesChanged(ifindex):
+                if live := self._lifecycle.by_target(("interface", ifindex)):
+                    await self._read_own_addresses(live)
+            case HookGone(ifindex):
+                if live := self._lifecycle.by_target(("interface", ifindex)):
+                    await self._put_back(live)
+            case HostAddressesChanged():
+                await self.read_host_addresses()
+            case Resync():
+                await self._resync()
+            case LinkNew():
+                pass
+
+    async def _gone(self, key: Key) -> None:
+        live = self._lifecycle.by_target(key)
+        if live is None:
+            return
+        if not live.attachment.active:
+            live.gone = True  # its attach is under way and rolls itself back
+            return
+        live.attachment.log.info("target_gone")
+        try:
+            await self._lifecycle.end(live, UnsubscribeReason.REMOVED)
+        except NetfenceError as error:
+            live.attachment.log.warning("target_not_cleaned_up", error=str(error), remedy="detach it")
+
+    async def _renamed(self, ifindex: int, name: str) -> None:
+        live = self._lifecycle.by_target(("interface", ifindex))
+        if live is None:
+            return
+        live.attachment.log.info("target_renamed", name=name)
+        live.attachment.rename(name)
+        await self._lifecycle.parts.store.move(live.row.id, name)
+
+    async def _read_own_addresses(self, live: Live) -> None:
+        kind, ifindex = key_of(live.target)
+        if kind == "interface":
+            addresses = await asyncio.to_thread(own_addresses, ifindex)
+            if not live.attachment.closed:
+                self._plane.set_own_addresses(live.row.slot, addresses)
+
+    async def _put_back(self, live: Live) -> None:
+        if live.attachment.closed or not live.attachment.active:
+            return
+        if not await self._plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
+            live.attachment.log.error("hook_put_back", effect="somebody removed it; it was open meanwhile")
+
+    async def _resync(self) -> None:
+        """Look at everything again: events were lost."""
+        log.warning("target_events_lost", effect="every target is looked at again")
+        await self.read_host_addresses()
+        for live in self._lifecycle.all():
+            await self._read_own_addresses(live)
+            await self._put_back(live)

@@ -1,0 +1,138 @@
+"""Fixtures of the kernel tests. See `harness/__init__.py` for what they are made of.
+
+| fixture | scope | gives |
+|---|---|---|
+| `topology` | module | namespaces, empty of workloads: tests add theirs |
+| `names` | module | unbound in the topology's internet, without records: `names.replace([...])` |
+| `daemon` | module | netfenced in the topology's host, with a policy file that blocks all |
+| `workload` | module | a veth workload of the topology, not attached |
+| `agent` | module | a process in the workload's namespace |
+| `cgroups` | function | makes cgroups, removes them |
+| `fresh` | function | makes topologies and daemons of a test's own |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import cgroup, sandbox
+from harness.agent import Agent
+from harness.cgroup import Cgroup
+from harness.daemon import Netfenced
+from harness.topology import NAMESERVER4, NAMESERVER6, Topology, Workload
+from harness.unbound import Unbound
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sandbox() -> Iterator[None]:
+    """Run the whole process inside the sandbox and leave no cgroup behind; sweep those of runs that were killed."""
+    sandbox.enter()
+    cgroup.sweep()
+    yield
+    cgroup.remove_ours()
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """Give a topology that lives as long as the test module."""
+    made = Topology()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def names(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unbound]:
+    """Give the internet's name server, at NAMESERVER4 and NAMESERVER6, port 53."""
+    with Unbound(topology.internet, tmp_path_factory.mktemp("unbound"), [NAMESERVER4, NAMESERVER6]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def daemon(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Netfenced]:
+    """Give a daemon that lives as long as the test module; a test detaches what it attached."""
+    with Netfenced(topology.host, tmp_path_factory.mktemp("netfenced")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def workload(topology: Topology) -> Workload:
+    """Give a workload behind a veth."""
+    return topology.add_veth()
+
+
+@pytest.fixture(scope="module")
+def agent(workload: Workload) -> Iterator[Agent]:
+    """Give a process in the workload's namespace."""
+    with Agent(netns=workload.netns) as running:
+        yield running
+
+
+@pytest.fixture
+def cgroups() -> Iterator[Callable[[str], Cgroup]]:
+    """Give a maker of cgroups, which are removed, with what runs in them, when the test ends."""
+    with ExitStack() as stack:
+
+        def make(name: str) -> Cgroup:
+            made = Cgroup(name)
+            stack.callback(made.remove)
+            return made
+
+        yield make
+
+
+class Fresh:
+    """Makes what a test wants for itself alone; all of it is closed when the test ends, newest first."""
+
+    def __init__(self, stack: ExitStack, directory: Path) -> None:
+        self._stack = stack
+        self._directory = directory
+        self._made = 0
+
+    def topology(self) -> Topology:
+        """Make namespaces."""
+        made = Topology()
+        self._stack.callback(made.close)
+        return made
+
+    def daemon(self, topology: Topology, **arguments: Any) -> Netfenced:
+        """Start a daemon in the topology's host; arguments as for `Netfenced`."""
+        return self._stack.enter_context(self.stopped_daemon(topology, **arguments))
+
+    def stopped_daemon(self, topology: Topology, **arguments: Any) -> Netfenced:
+        """Prepare a daemon that the test enters itself."""
+        self._made += 1
+        return Netfenced(topology.host, self._directory / f"netfenced{self._made}", **arguments)
+
+    def names(self, topology: Topology, *records: str) -> Unbound:
+        """Start a name server in the topology's internet."""
+        self._made += 1
+        server = Unbound(
+            topology.internet, self._directory / f"unbound{self._made}", [NAMESERVER4, NAMESERVER6], records
+        )
+        return self._stack.enter_context(server)
+
+    def agent(self, **where: Any) -> Agent:
+        """Start an agent; arguments as for `Agent`."""
+        return self._stack.enter_context(Agent(**where))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Fresh]:
+    """Give a maker of things of a test's own."""
+    with ExitStack() as stack:
+        yield Fresh(stack, tmp_path)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what running daemons logged when a test fails."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.failed:
+        for running in Netfenced.running:
+            report.sections.append((f"netfenced {running.pid}", running.log_tail()))
