@@ -299,7 +299,8 @@ static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
             (packet.tcp_flags & TCP_SYN) && !(config->flags & NF_FLAG_HOST))
             skb->tc_index = FENCED_MARK;
     }
-    if (reason >= FIRST_DROP && hook == HOOK_TC && (config->flags & NF_FLAG_HOST) &&
+    /* Forwarded packets have no socket and cgroup id 0: never the daemon's. */
+    if (reason >= FIRST_DROP && hook == HOOK_TC && (config->flags & NF_FLAG_HOST) && config->daemon_cgroup &&
         bpf_skb_cgroup_id(skb) == config->daemon_cgroup)
         reason = REASON_DAEMON;
     int drop = reason >= FIRST_DROP;

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -67,10 +67,8 @@ class Kernel(Protocol):
 class Saver(Protocol):
     """What an attachment needs of the store."""
 
-    async def save(
-        self, attachment_id: str, encode: Callable[[], str], version: str, queries: tuple[int, int] = (0, 0)
-    ) -> None:
-        """Store policy, version and query counters durably, or raise NetfenceError."""
+    async def save(self, row: Row, encode: Callable[[], str]) -> None:
+        """Store the policy that `encode` tells, and what the row says of it, durably, or raise NetfenceError."""
         ...
 
 
@@ -201,7 +199,6 @@ class Attachment:
         except NetfenceError:
             await self._switch_back(old)
             raise
-        self.row = replace(self.row, policy_version=version)
         self.policy_hash = digest
         self.active = True
         self.log.info("policy_applied", command=type(command).__name__, version=version, mode=new.mode.name.lower())
@@ -212,8 +209,13 @@ class Attachment:
             await finish(self._save(self._policy, ""), f"store {self.row.id}")
             self.active = True
 
-    async def take_over(self) -> None:
-        """Switch the restored policy in and forget what of it expired while no daemon ran."""
+    async def take_over(self, leases: Mapping[bytes, float]) -> None:
+        """Begin after a restart: with the restored policy, and the leases (address → expiry) that outlived the daemon.
+
+        Nobody knows any more which names hold those, so they are dropped by the first command that denies anything.
+        """
+        for address, expiry in leases.items():
+            self._leases.hold(UNKNOWN, address, expiry)
         async with self._lock:
             await finish(self._switch(self._policy), f"take over {self.row.id}")
             self.active = True
@@ -274,7 +276,9 @@ class Attachment:
 
     async def _save(self, policy: Policy, version: str) -> None:
         encode = functools.partial(policy_codec.encode, policy, policy_codec.Clock.now())
-        await self._store.save(self.row.id, encode, version, (self.queries_allowed, self.queries_blocked))
+        queries = {"dns_allowed": self.queries_allowed, "dns_blocked": self.queries_blocked}
+        await self._store.save(replace(self.row, policy_version=version, **queries), encode)
+        self.row = replace(self.row, policy_version=version)
 
     async def _drop_holds(self, old: Policy, new: Policy) -> None:
         """Drop the holds that `new` does not allow and close the leases that nothing holds any more.
@@ -284,10 +288,10 @@ class Attachment:
         holders = {holder for _, holder, _ in self._leases.export()}
         if new.dns.mode is not old.dns.mode:
             denied = list(holders)
-        elif len(holders) > BULK:
-            denied = await asyncio.to_thread(_denied, new, holders)
+        elif len(holders) > BULK or UNKNOWN in holders:
+            denied = await asyncio.to_thread(_denied, old, new, holders)
         else:
-            denied = _denied(new, holders)
+            denied = _denied(old, new, holders)
         for start in range(0, len(denied), CHUNK):
             self._drop(frozenset(denied[start : start + CHUNK]))
             await asyncio.sleep(0)
@@ -372,8 +376,17 @@ def _keeps(new: Policy, holder: str) -> bool:
     """Tell whether the policy lets this holder keep its leases."""
     if holder == PROXY:
         return new.dns.mode is DnsMode.PROXY and (new.mode is not Mode.BLOCK_ALL or new.audit)
-    return holder != UNKNOWN and new.judge_name(holder).allowed
+    return new.judge_name(holder).allowed
 
 
-def _denied(new: Policy, holders: Iterable[str]) -> list[str]:
-    return [holder for holder in holders if not _keeps(new, holder)]
+def _denied(old: Policy, new: Policy, holders: Iterable[str]) -> list[str]:
+    """Return the holders that `new` denies. Of those we do not know we know only that `old` allowed them."""
+    return [holder for holder in holders if (_tighter(old, new) if holder == UNKNOWN else not _keeps(new, holder))]
+
+
+def _tighter(old: Policy, new: Policy) -> bool:
+    """Tell whether `new` may deny a name that `old` allowed; both have the same DNS mode."""
+    if new.mode is Mode.BLOCK_ALL and not new.audit:
+        return True
+    before, after = set(old.dns.domains.rules()), set(new.dns.domains.rules())
+    return any(rule.allow for rule in before - after) or any(not rule.allow for rule in after - before)

@@ -256,7 +256,8 @@ def check(file: Path, *, as_json: bool) -> int:
     for warning in loaded.warnings:
         complain(f"warning: {warning}")
     default = "a default" if loaded.default else "no default (block_all)"
-    click.echo(f"{file}: ok, {len(loaded.rules)} rules and {default}")
+    count = len(loaded.rules)
+    click.echo(f"{file}: ok, {count} {'rule' if count == 1 else 'rules'} and {default}")
     return 0
 
 

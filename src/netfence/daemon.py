@@ -26,11 +26,11 @@ from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
 from netfence.config import Config, Loaded, system_upstreams
 from netfence.control.local import LocalControl, NoControl, load_policy_file
 from netfence.control.port import ControlPort, UnsubscribeReason
-from netfence.dataplane.plane import DataPlane
 from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.errors import InvalidError, NetfenceError
+from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
 from netfence.notify import notify
 from netfence.policy.modes import Mode
@@ -97,7 +97,7 @@ class _Process:
             stack.push_async_callback(store.close)
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
-            plane = await DataPlane.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
+            plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
             stack.push_async_callback(plane.close, detach=detach)
             dns = dns_settings(config)
             resolver = Resolver(dns)

@@ -25,7 +25,6 @@ from netfence.config import Config
 from netfence.control.port import AttachmentView, ControlPort, UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, raw_senders, require_own_cgroup, resolve_cgroup
 from netfence.dataplane.config import Static
-from netfence.dataplane.plane import DataPlane
 from netfence.dataplane.target import Direction, Hook, InterfaceTarget, LinkLayer, choose_direction, resolve_interface
 from netfence.dns.cache import SharedCache
 from netfence.dns.server import DnsServer
@@ -33,6 +32,7 @@ from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
 from netfence.errors import ExistsError, NetfenceError, NotFoundError, PreconditionError
+from netfence.kernel import Kernel
 from netfence.policy.commands import Command
 from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
@@ -81,7 +81,7 @@ class Parts:
     """What attachments are made with."""
 
     config: Config
-    plane: DataPlane
+    plane: Kernel
     store: Store
     control: ControlPort
     endpoints: Endpoints
@@ -162,7 +162,7 @@ class Lifecycle:
     async def _build(
         self, undo: AsyncExitStack, attachment_id: str, target: Target, direction: Direction | None, spec: AttachSpec
     ) -> Live:
-        """Reserve slot and DNS endpoint, put the hook in place with `start_mode`, store the row."""
+        """Reserve slot and DNS endpoint, store the row, put the hook in place with `start_mode`."""
         parts = self.parts
         slot = parts.plane.allocate_slot()
         undo.callback(parts.plane.free_slot, slot)
@@ -178,11 +178,11 @@ class Lifecycle:
         undo.callback(parts.watch.unwatch, target)
         parts.watch.watch(target)
         undo.push_async_callback(_undo, lambda: parts.store.remove(attachment_id), "remove the stored state")
+        await finish(parts.store.reserve(live.row), f"store {row.name}")
         undo.push_async_callback(_undo, lambda: parts.plane.detach(slot, target, attachment_id), "take the hooks off")
         attach = parts.plane.attach(slot, target, self.static(live), direction, attachment_id)
         mechanism = await finish(attach, f"attach {row.name}")
         live.attachment.row = replace(live.row, mechanism=mechanism)
-        await finish(parts.store.reserve(live.row), f"store {row.name}")
         return live
 
     async def _open(self, undo: AsyncExitStack, live: Live) -> None:

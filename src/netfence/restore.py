@@ -12,6 +12,7 @@ import asyncio
 import enum
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
@@ -21,7 +22,7 @@ from netfence.control.port import UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, resolve_cgroup
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer, resolve_interface
 from netfence.endpoints import Endpoint
-from netfence.errors import InvalidError, NetfenceError, NotFoundError
+from netfence.errors import InvalidError, NetfenceError, NotFoundError, PreconditionError
 from netfence.lifecycle import Lifecycle, Live, Target, key_of
 from netfence.store import Row
 
@@ -45,12 +46,20 @@ async def restore(lifecycle: Lifecycle, rebind: asyncio.TaskGroup) -> Counter[Ou
 
     DNS ports that are taken are waited for in tasks of `rebind`.
     """
-    rows = await lifecycle.parts.store.load()
+    parts = lifecycle.parts
+    rows = await parts.store.load()
+    if strangers := parts.plane.pinned() - {row.id for row in rows}:
+        raise PreconditionError(
+            f"take over {parts.config.bpffs_dir}: it holds {len(strangers)} fences that data_dir {parts.config.data_dir}"
+            f" does not know ({min(strangers)} is one), and they stay in force; bring the state back, or remove"
+            f" {parts.config.bpffs_dir} to take them off"
+        )
+    leases = await parts.plane.leases()
     outcomes: Counter[Outcome] = Counter()
     for row in rows:
         say = log.bind(attachment=row.id, target=row.name)
         try:
-            outcome = await _restore_one(lifecycle, row, rebind)
+            outcome = await _restore_one(lifecycle, row, leases.get(row.slot, {}), rebind)
         except NetfenceError as error:
             outcome = Outcome.LEFT_ALONE
             say.error("not_taken_over", error=str(error), effect="the kernel goes on enforcing what it has")
@@ -60,7 +69,9 @@ async def restore(lifecycle: Lifecycle, rebind: asyncio.TaskGroup) -> Counter[Ou
     return outcomes
 
 
-async def _restore_one(lifecycle: Lifecycle, row: Row, rebind: asyncio.TaskGroup) -> Outcome:
+async def _restore_one(
+    lifecycle: Lifecycle, row: Row, leases: Mapping[bytes, float], rebind: asyncio.TaskGroup
+) -> Outcome:
     parts = lifecycle.parts
     rebooted = row.boot_id != parts.boot_id
     target = await asyncio.to_thread(_find, row, rebooted)
@@ -82,7 +93,7 @@ async def _restore_one(lifecycle: Lifecycle, row: Row, rebind: asyncio.TaskGroup
             await parts.store.replace(live.row)
         elif not await parts.plane.restore(row.slot, target, static, direction, row.id):
             live.attachment.log.warning("hook_put_back", effect="it was open while the hook was missing")
-        await live.attachment.take_over()
+        await live.attachment.take_over(leases)
     finally:
         # Whatever failed: its DNS server is up, and the next detach or command finds it.
         await _bind(live, rebind)

@@ -4,9 +4,10 @@ Owns `data_dir`: its permissions, the lock that keeps a second daemon out, the s
 database happens in one thread, away from the event loop, in small transactions. It knows nothing of kernel or network;
 policies are text to it (see `policy_codec`).
 
-Durability: a row is written first when the hook is in place (`reserve`, no fsync: the pins it describes do not survive
-a power cut either) and made durable with the first policy (`save`, fsync before it returns). After that every policy
-change is durable before it is acknowledged.
+Durability: a row is written before anything of an attachment is in the kernel (`reserve`), so that whatever an
+interrupted attach left there is found again; without fsync, because pins do not survive a power cut either. It is made
+durable with the first policy (`save`, fsync before it returns). After that every policy change is durable before it is
+acknowledged.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ COLUMNS = (
     " boot_id, attached_at, policy, policy_version, dns_allowed, dns_blocked"
 )
 _INSERT = f"INSERT INTO attachments ({COLUMNS}) VALUES ({', '.join('?' for _ in COLUMNS.split(','))})"  # noqa: S608 - constants
+_SAVE = "UPDATE attachments SET policy=?, policy_version=?, mechanism=?, dns_allowed=?, dns_blocked=? WHERE id=?"
 _SELECT = f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id"  # noqa: S608 - constants
 
 T = TypeVar("T")
@@ -131,29 +133,24 @@ class Store:
         return await self._run("load", _load)
 
     async def reserve(self, row: Row) -> None:
-        """Insert an attachment whose hook is in place; survives our death, not a power cut (see the module)."""
+        """Insert an attachment that is about to be hooked; survives our death, not a power cut (see the module)."""
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute(_INSERT, _values(row))
 
         await self._run("reserve", work, durable=False)
 
-    async def save(
-        self, attachment_id: str, encode: Callable[[], str], version: str, queries: tuple[int, int] = (0, 0)
-    ) -> None:
-        """Store a policy, its version and the query counters (allowed, blocked); durable when it returns.
+    async def save(self, row: Row, encode: Callable[[], str]) -> None:
+        """Store a policy, with the row's version of it, mechanism and query counters; durable when it returns.
 
         `encode` makes the text and runs in the store's thread, because a large policy takes a tenth of a second.
         """
         text = await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+        values = (text, row.policy_version, row.mechanism, row.dns_allowed, row.dns_blocked, row.id)
 
         def work(connection: sqlite3.Connection) -> None:
-            done = connection.execute(
-                "UPDATE attachments SET policy=?, policy_version=?, dns_allowed=?, dns_blocked=? WHERE id=?",
-                (text, version, *queries, attachment_id),
-            )
-            if done.rowcount != 1:
-                raise NetfenceError(f"store policy of {attachment_id}: no such attachment in {self._path}")
+            if connection.execute(_SAVE, values).rowcount != 1:
+                raise NetfenceError(f"store policy of {row.id}: no such attachment in {self._path}")
 
         await self._run("save", work)
 

@@ -25,7 +25,6 @@ from netfence.dataplane.events import (
     LinkRenamed,
     Resync,
 )
-from netfence.dataplane.plane import DataPlane
 from netfence.dataplane.target import host_addresses, own_addresses
 from netfence.dataplane.watch import LinkWatcher
 from netfence.errors import NetfenceError
@@ -72,7 +71,7 @@ class TargetKeeper:
 
     def __init__(self, lifecycle: Lifecycle, watchers: Watchers) -> None:
         self._lifecycle = lifecycle
-        self._plane: DataPlane = lifecycle.parts.plane
+        self._plane = lifecycle.parts.plane
         self._watchers = watchers
 
     async def run(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 from tests.unit.api.fake import HASH, STATUS, VIEW, Background, FakeDaemon, background, many
 
@@ -27,7 +28,8 @@ NETFENCED = Path(sys.executable).with_name("netfenced")
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Background]:
-    with background(FakeDaemon(), tmp_path / "nf.sock") as made:
+    # Its log would go to the stdout that the runner captures from this same process.
+    with structlog.testing.capture_logs(), background(FakeDaemon(), tmp_path / "nf.sock") as made:
         yield made
 
 
@@ -102,7 +104,7 @@ def test_bad_usage_is_2_and_asks_no_daemon(args: list[str], words: str, daemon: 
     assert result.stdout == ""
     assert words.lower() in result.stderr.lower()
     if args:
-        assert result.stderr.startswith(f"netfenced: {args[0] if args[0] not in {'fence'} else ''}")
+        assert result.stderr.startswith(f"netfenced: {args[0] if args[0] != 'fence' else ''}")
         assert "--help`" in result.stderr
     assert "\x1b" not in result.stderr
     assert daemon.port.specs == []
@@ -466,7 +468,7 @@ def _complete(words: str, **env: str | Path) -> list[str]:
         [NETFENCED], env={**env_all, **{k: str(v) for k, v in env.items()}}, capture_output=True, text=True, check=True,
         timeout=20,
     )  # fmt: skip
-    return [line.partition(",")[2] for line in result.stdout.splitlines()]
+    return [line.partition(",")[2] for line in result.stdout.splitlines() if line]
 
 
 def test_shell_completion(daemon: Background) -> None:

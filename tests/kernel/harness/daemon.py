@@ -10,13 +10,15 @@ Leaving the block detaches everything, ends the daemon, and fails if anything of
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +35,13 @@ from netfence.api.client import DaemonClient, RefusedError, UnreachableError
 from netfence.api.views import AttachSpec, DirectionWish, HookWish
 from netfence.control.policyfile import load_policy_file
 from netfence.control.port import AttachmentView
+from netfence.dataplane.compile import map_specs
+from netfence.dataplane.counters import CounterMap, Counters
+from netfence.dataplane.layout import Layout
+from netfence.dataplane.links import obj_get
+from netfence.dataplane.maps import Map
+from netfence.policy.modes import Reason
+from netfence.store import DATABASE
 from netfence.v1 import daemon_pb2
 
 PROGRAM = Path(sys.executable).with_name("netfenced")
@@ -236,6 +245,26 @@ class Netfenced:
         """Ask for the daemon's status through the API."""
         with DaemonClient(self.socket) as client:
             return client.status()
+
+    # -- the kernel's own counters, with the daemon or without it ------------------------------------------------
+
+    def counters(self, attachment_id: str) -> Counters:
+        """Read the attachment's counters from the pinned map."""
+        layout = Layout.load(next((self.directory / "data").glob("layout-*.json")))
+        spec = next(spec for spec in map_specs(layout, 1) if spec.name == "counters")
+        with closing(Map(obj_get(self.pins / "maps" / spec.name), spec)) as pinned:
+            return CounterMap(pinned, layout).read(self.slot(attachment_id))
+
+    def reasons(self, attachment_id: str) -> collections.Counter[Reason]:
+        """Count the packets per reason since the attach: passed, and dropped. Subtract an earlier one to see what moved."""
+        packets = self.counters(attachment_id).packets
+        return collections.Counter({reason: packets[reason] for reason in Reason if packets[reason]})
+
+    def slot(self, attachment_id: str) -> int:
+        """Look up the attachment's slot in the stored state."""
+        with closing(sqlite3.connect(f"file:{self.directory / 'data' / DATABASE}?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT slot FROM attachments WHERE id = ?", (attachment_id,)).fetchone()
+        return int(found[0])
 
     # -- the command line ------------------------------------------------------------------------------------------
 

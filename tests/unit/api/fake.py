@@ -108,7 +108,7 @@ class FakeDaemon:
             raise self.failure
 
 
-def many(count: int, **changes: Any) -> list[AttachmentInfoView]:  # noqa: ANN401
+def many(count: int, **changes: Any) -> list[AttachmentInfoView]:
     """Return that many attachments, two at each time, so that the id has to order them."""
     return [replace(VIEW, id=f"id-{n:04}", attached_at=100.0 + n // 2, **changes) for n in range(count)]
 

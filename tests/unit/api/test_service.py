@@ -32,7 +32,7 @@ from netfence.errors import (
 from netfence.v1 import daemon_pb2, types_pb2
 
 
-async def _status_of(call: Any) -> tuple[str, str]:  # noqa: ANN401 - any of grpc's calls
+async def _status_of(call: Any) -> tuple[str, str]:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
     return raised.value.code().name, raised.value.details() or ""
