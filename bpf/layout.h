@@ -8,35 +8,35 @@
 #ifndef NETFENCE_LAYOUT_H
 #define NETFENCE_LAYOUT_H
 
-#define NF_SLOTS 2048             /* attachments + 1: slot 0 means start_mode */
-#define NF_POLICIES 4096          /* one in force per slot, as many being filled or waiting for RCU */
-#define NF_DIRECT_IFINDEX 65536   /* interface indices looked up in an array; a hash beyond */
-#define NF_RULES 1048576          /* per policy and family; room for limits.MAX_CIDR_RULES */
-#define NF_LEASES_DEFAULT 262144  /* dns.max_leases_total */
-#define NF_INBOUND 131072         /* TCP connections begun from outside, all attachments */
-#define NF_INBOUND_PER_SLOT 4096  /* one attachment's share of them */
-#define NF_HOST_ADDRESSES 4096    /* addresses of this host that `allow_replies: host` knows */
-#define NF_OWN_ADDRESSES 16       /* addresses of one interface and its bridge, for neighbour discovery */
-#define NF_TTL_NESTING 4          /* limits.MAX_TTL_NESTING: expired prefixes looked through before a live one */
-#define NF_EXT_HEADERS 6          /* IPv6 extension headers; RFC 8200 4.1 knows six kinds, each once */
-#define NF_PULL_BYTES 512         /* made linear when headers are not: more than any chain we accept needs */
+#define NF_SLOTS 2048            /* attachments + 1: slot 0 means start_mode */
+#define NF_POLICIES 4096         /* one in force per slot, as many being filled or waiting for RCU */
+#define NF_DIRECT_IFINDEX 65536  /* interface indices looked up in an array; a hash beyond */
+#define NF_RULES 1048576         /* per policy and family; room for limits.MAX_CIDR_RULES */
+#define NF_LEASES_DEFAULT 262144 /* dns.max_leases_total */
+#define NF_INBOUND 131072        /* TCP connections begun from outside, all attachments */
+#define NF_INBOUND_PER_SLOT 4096 /* one attachment's share of them */
+#define NF_HOST_ADDRESSES 4096   /* addresses of this host that `allow_replies: host` knows */
+#define NF_OWN_ADDRESSES 16      /* addresses of one interface and its bridge, for neighbour discovery */
+#define NF_TTL_NESTING 4         /* limits.MAX_TTL_NESTING: expired prefixes looked through before a live one */
+#define NF_EXT_HEADERS 6         /* IPv6 extension headers; RFC 8200 4.1 knows six kinds, each once */
+#define NF_PULL_BYTES 512        /* made linear when headers are not: more than any chain we accept needs */
 
 /* `active`: bits of the one word that switches a policy. */
-#define NF_ACTIVE_MODE_SHIFT 16  /* bits 0-15: policy index; 16-23: mode */
-#define NF_ACTIVE_RULES4 16777216   /* bit 24: the policy has IPv4 rules */
-#define NF_ACTIVE_RULES6 33554432   /* bit 25: … IPv6 rules */
-#define NF_ACTIVE_LEASES 67108864   /* bit 26: the slot may have leases */
-#define NF_ACTIVE_AUDIT 134217728   /* bit 27: count, do not drop */
-#define NF_ACTIVE_START 268435456   /* bit 28: no policy yet: start_mode */
+#define NF_ACTIVE_MODE_SHIFT 16   /* bits 0-15: policy index; 16-23: mode */
+#define NF_ACTIVE_RULES4 16777216 /* bit 24: the policy has IPv4 rules */
+#define NF_ACTIVE_RULES6 33554432 /* bit 25: … IPv6 rules */
+#define NF_ACTIVE_LEASES 67108864 /* bit 26: the slot may have leases */
+#define NF_ACTIVE_AUDIT 134217728 /* bit 27: count, do not drop */
+#define NF_ACTIVE_START 268435456 /* bit 28: no policy yet: start_mode */
 
 /* `flags`: what does not change with the policy. */
-#define NF_FLAG_L3 1            /* no Ethernet header (tun, wireguard) */
-#define NF_FLAG_CGROUP 2        /* the target is a cgroup */
-#define NF_FLAG_HOST 4          /* host direction: the daemon's own traffic passes */
-#define NF_FLAG_DHCP 8          /* enforcement.allow_dhcp */
-#define NF_FLAG_LINK_LOCAL 16   /* enforcement.allow_link_local */
-#define NF_FLAG_REPLIES 32      /* enforcement.allow_replies is not off */
-#define NF_FLAG_REPLIES_ANY 64  /* … is any */
+#define NF_FLAG_L3 1           /* no Ethernet header (tun, wireguard) */
+#define NF_FLAG_CGROUP 2       /* the target is a cgroup */
+#define NF_FLAG_HOST 4         /* host direction: the daemon's own traffic passes */
+#define NF_FLAG_DHCP 8         /* enforcement.allow_dhcp */
+#define NF_FLAG_LINK_LOCAL 16  /* enforcement.allow_link_local */
+#define NF_FLAG_REPLIES 32     /* enforcement.allow_replies is not off */
+#define NF_FLAG_REPLIES_ANY 64 /* … is any */
 
 struct address {
     __u32 word[4];

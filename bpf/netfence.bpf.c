@@ -354,8 +354,9 @@ int nf_cgroup_inbound(struct __sk_buff *skb)
     if (parse(skb, HOOK_CGROUP, config, &packet) != PARSED || packet.protocol != PROTO_TCP)
         return CGROUP_PASS;
     /* Loopback passes by itself; a raw socket of the workload could send any source through it. */
-    int trusted = skb->ingress_ifindex != IFINDEX_LO && skb->tc_index != FENCED_MARK &&
-                  ((config->flags & NF_FLAG_REPLIES_ANY) || bpf_map_lookup_elem(MAP(FD_HOST_ADDRESSES), &packet.source));
+    int trusted =
+        skb->ingress_ifindex != IFINDEX_LO && skb->tc_index != FENCED_MARK &&
+        ((config->flags & NF_FLAG_REPLIES_ANY) || bpf_map_lookup_elem(MAP(FD_HOST_ADDRESSES), &packet.source));
     note_inbound(&packet, slot, trusted);
     return CGROUP_PASS;
 }

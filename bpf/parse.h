@@ -58,10 +58,10 @@ struct packet {
     __u16 source_port;      /* network order; 0 without ports */
     __u16 destination_port; /* network order */
     __u8 arp;
-    __u8 ipv6;      /* arrived as IPv6 (a mapped destination too) */
-    __u8 protocol;  /* upper layer; of a later fragment: what the fragment header says */
-    __u8 extended;  /* IPv6 extension headers were passed over */
-    __u8 fragment;  /* any part of a fragmented packet */
+    __u8 ipv6;     /* arrived as IPv6 (a mapped destination too) */
+    __u8 protocol; /* upper layer; of a later fragment: what the fragment header says */
+    __u8 extended; /* IPv6 extension headers were passed over */
+    __u8 fragment; /* any part of a fragmented packet */
     __u8 hop_limit;
     __u8 tcp_flags;
     __u8 icmp_type;

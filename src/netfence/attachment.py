@@ -276,8 +276,9 @@ class Attachment:
 
     async def _save(self, policy: Policy, version: str) -> None:
         encode = functools.partial(policy_codec.encode, policy, policy_codec.Clock.now())
-        queries = {"dns_allowed": self.queries_allowed, "dns_blocked": self.queries_blocked}
-        await self._store.save(replace(self.row, policy_version=version, **queries), encode)
+        allowed, blocked = self.queries_allowed, self.queries_blocked
+        row = replace(self.row, policy_version=version, dns_allowed=allowed, dns_blocked=blocked)
+        await self._store.save(row, encode)
         self.row = replace(self.row, policy_version=version)
 
     async def _drop_holds(self, old: Policy, new: Policy) -> None:

@@ -94,6 +94,7 @@ def start(ctx: click.Context, config_path: Path | None, policy: Path | None) -> 
     """
     flags: dict[str, object] = {} if policy is None else {"policy_file": str(policy.absolute())}
     loaded = _load_config(ctx, config_path, flags)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC writes past our log; what it tells at INFO is no use there
     from netfence.daemon import run  # noqa: PLC0415
 
     try:

@@ -94,6 +94,7 @@ def _sentence(text: str) -> str:
 @contextmanager
 def connected() -> Iterator[DaemonClient]:
     """Give a connected client; its errors become ours."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # or gRPC writes lines of its own to stderr; read when it loads
     from netfence.api.client import DaemonClient, RefusedError, UnreachableError  # noqa: PLC0415
 
     path = Path(click.get_current_context().find_root().params["socket"])

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import uvloop
@@ -97,7 +97,8 @@ class _Process:
             stack.push_async_callback(store.close)
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
-            plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
+            opened = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
+            plane = cast("Kernel", opened)  # `open` makes one of the class it is called on
             stack.push_async_callback(plane.close, detach=detach)
             dns = dns_settings(config)
             resolver = Resolver(dns)

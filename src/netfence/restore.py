@@ -49,10 +49,10 @@ async def restore(lifecycle: Lifecycle, rebind: asyncio.TaskGroup) -> Counter[Ou
     parts = lifecycle.parts
     rows = await parts.store.load()
     if strangers := parts.plane.pinned() - {row.id for row in rows}:
+        pins, state = parts.config.bpffs_dir, parts.config.data_dir
         raise PreconditionError(
-            f"take over {parts.config.bpffs_dir}: it holds {len(strangers)} fences that data_dir {parts.config.data_dir}"
-            f" does not know ({min(strangers)} is one), and they stay in force; bring the state back, or remove"
-            f" {parts.config.bpffs_dir} to take them off"
+            f"take over {pins}: it holds {len(strangers)} fences that data_dir {state} does not know ({min(strangers)}"
+            f" is one), and they stay in force; bring the state back, or remove {pins} to take them off"
         )
     leases = await parts.plane.leases()
     outcomes: Counter[Outcome] = Counter()

@@ -15,10 +15,20 @@ from typing import Literal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+SOURCE, DESTINATION = ipaddress.ip_address("192.0.2.10"), ipaddress.ip_address("198.51.100.1")
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "gre": 47, "esp": 50, "icmpv6": 58, "sctp": 132}
 ETHERTYPES = {"arp": 0x0806, "other": 0x88CC}
 TAG_TYPES = {"802.1Q": 0x8100, "802.1ad": 0x88A8}
-EXTENSIONS = {"hopopts": 0, "routing": 43, "fragment": 44, "ah": 51, "dstopts": 60, "mobility": 135, "hip": 139, "shim6": 140}
+EXTENSIONS = {
+    "hopopts": 0,
+    "routing": 43,
+    "fragment": 44,
+    "ah": 51,
+    "dstopts": 60,
+    "mobility": 135,
+    "hip": 139,
+    "shim6": 140,
+}
 FLAGS = {"F": 1, "S": 2, "R": 4, "P": 8, "A": 16}
 UPPER_NEEDED = {"tcp": 20, "udp": 8, "icmp": 4, "icmpv6": 4}
 FIRST_FRAGMENT_NEEDED = {**UPPER_NEEDED, "tcp": 4}
@@ -30,8 +40,8 @@ class Frame:
 
     ethertype: Literal["ip", "arp", "other"] = "ip"
     tags: tuple[str, ...] = ()
-    source: Address = ipaddress.ip_address("192.0.2.10")
-    destination: Address = ipaddress.ip_address("198.51.100.1")
+    source: Address = SOURCE
+    destination: Address = DESTINATION
     protocol: str = "udp"
     source_port: int = 40000
     destination_port: int = 443
@@ -74,8 +84,10 @@ class Frame:
         return found
 
     def cut_in(self, name: str, count: int = 0, first: int = 65535) -> bool:
-        """Tell whether the cut takes some of the `first` bytes of that header away (of a VLAN tag below `count`; of
-        extension `count`)."""
+        """Tell whether the cut takes some of the `first` bytes of that header away.
+
+        Of VLAN tags, of any below number `count`; of extension headers, of number `count`.
+        """
         if self.cut is None:
             return False
         for part, index, at, size in self.parts():
@@ -86,7 +98,9 @@ class Frame:
         return False
 
     def _options(self) -> bytes:
-        raw = b"".join(bytes([kind]) if kind < 2 else bytes([kind, len(body) + 2]) + body for kind, body in self.options)
+        raw = b"".join(
+            bytes([kind]) if kind < 2 else bytes([kind, len(body) + 2]) + body for kind, body in self.options
+        )
         return raw + bytes(-len(raw) % 4)
 
     def _upper(self) -> bytes:
@@ -163,10 +177,14 @@ def random_frame(rng: random.Random, hosts: Sequence[Address], dns_ports: Sequen
     to = rng.choice(hosts)
     version = to.version
     own = ipaddress.ip_address("192.0.2.10" if version == 4 else "2001:db8:ffff::10")
-    protocol = rng.choices(["tcp", "udp", "icmp" if version == 4 else "icmpv6", "gre", "sctp", "esp"], [6, 6, 3, 1, 1, 1])[0]
+    protocol = rng.choices(
+        ["tcp", "udp", "icmp" if version == 4 else "icmpv6", "gre", "sctp", "esp"], [6, 6, 3, 1, 1, 1]
+    )[0]
     frame = Frame(source=own, destination=to, protocol=protocol)
     frame.flags = rng.choice(["S", "SA", "A", "PA", "FA", "R", "RA", "F", "", "SR"])
-    frame.source_port, frame.destination_port = rng.choice([(40000, 443), (40001, 53), (68, 67), (546, 547), (8080, 5555)])
+    frame.source_port, frame.destination_port = rng.choice(
+        [(40000, 443), (40001, 53), (68, 67), (546, 547), (8080, 5555)]
+    )
     if rng.random() < 0.15:
         frame.destination_port = rng.choice(list(dns_ports))
     frame.icmp_type = rng.choice([8, 128, 131, 132, 133, 134, 135, 136, 137, 143])
@@ -178,7 +196,13 @@ def random_frame(rng: random.Random, hosts: Sequence[Address], dns_ports: Sequen
     if version == 4:
         if rng.random() < 0.15:
             frame.options = rng.choice(
-                [((1, b""), (1, b"")), ((7, bytes(9)),), ((131, bytes(5)),), ((1, b""), (137, bytes(5))), ((148, bytes(2)),)]
+                [
+                    ((1, b""), (1, b"")),
+                    ((7, bytes(9)),),
+                    ((131, bytes(5)),),
+                    ((1, b""), (137, bytes(5))),
+                    ((148, bytes(2)),),
+                ]
             )
         frame.fragment = rng.choices(["", "first", "later"], [8, 1, 1])[0]
     elif rng.random() < 0.3:

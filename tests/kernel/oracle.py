@@ -1,4 +1,4 @@
-"""What the fence must say about a packet, written a second time: plainly, from the packet's description, not its bytes.
+"""What the fence must say about a packet, written a second time: plainly, from a description, not from bytes.
 
 Follows semantics.md 2–7 sentence by sentence with `ipaddress` and linear scans. Knows nothing of BPF, maps or CidrTable.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from frames import Frame
-
 from netfence.policy.modes import Mode, Reason
 
 METADATA = (ipaddress.ip_address("169.254.169.254"), ipaddress.ip_address("fd00:ec2::254"))
@@ -60,6 +59,10 @@ def unmapped(address: Address) -> Address:
     return address
 
 
+# The sentences of semantics.md one by one; shorter would be further from them.
+# ruff: noqa: C901, PLR0911, PLR0912
+
+
 def decide(world: World, frame: Frame) -> Reason:
     """Return the reason under which the packet is counted (as would-drop where audit lets it pass)."""
     if world.mode is Mode.DISABLED:
@@ -73,9 +76,9 @@ def decide(world: World, frame: Frame) -> Reason:
     ports = frame.protocol in ("tcp", "udp") and frame.fragment != "later"
     if ports and not frame.fragment and (to, frame.destination_port) == world.own_dns:
         return Reason.DNS
-    if world.cgroup and world.mode is not Mode.BLOCK_ALL and to.is_loopback and not frame.fragment:
-        if not (ports and frame.destination_port == 53):
-            return Reason.LOOPBACK
+    free_loopback = to.is_loopback and not frame.fragment and not (ports and frame.destination_port == 53)
+    if world.cgroup and world.mode is not Mode.BLOCK_ALL and free_loopback:
+        return Reason.LOOPBACK
     if _neighbour(world, frame):
         return Reason.NEIGHBOUR
     if not world.cgroup and world.allow_dhcp and _dhcp(frame, to):
@@ -160,9 +163,7 @@ def _neighbour(world: World, frame: Frame) -> bool:
         return frame.hop_limit == 1 and to in ipaddress.ip_network("ff02::/16")
     if frame.icmp_type not in (133, 135, 136) or frame.icmp_code != 0 or frame.hop_limit != 255 or frame.extensions:
         return False
-    return (
-        to in LINK_LOCAL[1] or to in ALL_NODES_AND_ROUTERS or to in SOLICITED or to in world.own_addresses
-    )
+    return to in LINK_LOCAL[1] or to in ALL_NODES_AND_ROUTERS or to in SOLICITED or to in world.own_addresses
 
 
 def _dhcp(frame: Frame, to: Address) -> bool:

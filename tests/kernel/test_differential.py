@@ -21,17 +21,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from frames import Frame, random_frame
 from harness.sandbox import bpffs
-from oracle import OracleLease, OracleRule, World, decide, unmapped
-
 from netfence.dataplane import compile as child
 from netfence.dataplane import links, loader
 from netfence.dataplane.plane import DataPlane, Static
+from netfence.dataplane.slotword import SlotWord
 from netfence.errors import InvalidError
 from netfence.policy.commands import AllowCidr, BulkUpdate, CidrSpec, DenyCidr, RemoveCidr, apply
 from netfence.policy.modes import FIRST_DROP, Mode, Reason
 from netfence.policy.policy import EMPTY, Policy
+from oracle import OracleLease, OracleRule, World, decide, unmapped
 
 WORLDS = int(os.environ.get("NETFENCE_DIFFERENTIAL_WORLDS", "20"))
 PACKETS = 800  # per world and hook: 20 worlds x 2 hooks x 800 = 32,000
@@ -98,7 +99,7 @@ def _plane(runner: asyncio.Runner, directory: Path, data_dir: Path) -> Iterator[
 
 @pytest.fixture(scope="module")
 def cgroup_program(plane: DataPlane, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """The cgroup program with the slot compiled in: a test run gives it fresh, empty storage."""
+    """Load the cgroup program with the slot compiled in: a test run gives it fresh, empty storage."""
     pins = plane._bpffs_dir / "programs-test"
     pins.mkdir()
     layout = tmp_path_factory.mktemp("layout") / "layout.json"
@@ -118,18 +119,19 @@ def _random_rules(rng: random.Random) -> list[tuple[str, bool, float]]:
     return rules
 
 
-def _policy(rng: random.Random, mode: Mode, *, audit: bool) -> tuple[Policy, list[tuple[str, bool, float]], Policy]:
+def _policy(rng: random.Random, mode: Mode, *, audit: bool) -> tuple[Policy, list[tuple[str, bool, float]]]:
     """Make a policy by one bulk update and some single commands, and the rules that are left in the oracle's terms."""
     while True:
         rules = _random_rules(rng)
         last = {(cidr, allow): ttl_s for cidr, allow, ttl_s in rules}
         specs = [
-            [CidrSpec(cidr, ttl_s) for (cidr, allow), ttl_s in last.items() if allow is wanted] for wanted in (True, False)
+            [CidrSpec(cidr, ttl_s) for (cidr, allow), ttl_s in last.items() if allow is wanted]
+            for wanted in (True, False)
         ]
         with contextlib.suppress(InvalidError):  # TTL entries nested too deep: draw again
             bulk = BulkUpdate(mode=int(mode), allow_cidrs=specs[0], deny_cidrs=specs[1], dns=None, audit=audit)
             policy = apply(EMPTY, bulk, time.monotonic())
-            return policy, [(cidr, allow, ttl_s) for (cidr, allow), ttl_s in last.items()], policy
+            return policy, [(cidr, allow, ttl_s) for (cidr, allow), ttl_s in last.items()]
 
 
 async def _single_commands(
@@ -155,9 +157,9 @@ async def _single_commands(
 
 def _bind(plane: DataPlane, static: Static, world: World) -> None:
     """Put the world's fixed part into the kernel without a hook: test runs carry the loopback index."""
-    plane._slots[SLOT] = type(plane._slots.get(SLOT, plane._read_word(SLOT)))(mode=Mode.BLOCK_ALL)
+    plane._slots[SLOT] = SlotWord()
     plane._write_maps(SLOT, static)
-    plane._slots[FOREIGN_SLOT] = plane._read_word(FOREIGN_SLOT)
+    plane._slots[FOREIGN_SLOT] = SlotWord()
     foreign = dataclasses.replace(static, dns_address=world.foreign_dns[0].packed, dns_port=world.foreign_dns[1])
     plane._write_maps(FOREIGN_SLOT, foreign)
     plane._set_interface(LOOPBACK_IFINDEX, SLOT)
@@ -170,7 +172,9 @@ def _inbound(plane: DataPlane, rng: random.Random, world: World) -> None:
         if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:
             continue
         peer_port, own_port = rng.choice([(443, 40000), (5555, 8080)])
-        syn = Frame(source=host, destination=own, protocol="tcp", flags="S", source_port=peer_port, destination_port=own_port)
+        syn = Frame(
+            source=host, destination=own, protocol="tcp", flags="S", source_port=peer_port, destination_port=own_port
+        )
         links.prog_test_run(plane._loaded.programs["nf_tc_inbound"], syn.build())
         if world.replies != "off":
             world.inbound.add((host, own, peer_port, own_port))
@@ -188,7 +192,9 @@ def _leases(plane: DataPlane, rng: random.Random, world: World) -> None:
 def _use(plane: DataPlane, world: World) -> None:
     for host, lease in world.leases.items():
         if lease.used:
-            key = plane._leases._key.pack(SLOT, b"\0" * 10 + b"\xff\xff" + host.packed if host.version == 4 else host.packed)
+            key = plane._leases._key.pack(
+                SLOT, b"\0" * 10 + b"\xff\xff" + host.packed if host.version == 4 else host.packed
+            )
             value = plane._leases._map.lookup(key)
             assert value is not None
             expiry, _ = plane._leases._value.unpack(value)
@@ -229,10 +235,12 @@ def test_kernel_and_oracle_agree(
         _bind(plane, static, world)
         program = cgroup_program if world.cgroup else plane._loaded.programs["nf_tc"]
         try:
-            policy, rules, old = _policy(rng, mode, audit=world.audit)
+            policy, rules = _policy(rng, mode, audit=world.audit)
             runner.run(plane.apply(SLOT, policy, None))
             policy, rules = runner.run(_single_commands(plane, rng, policy, rules))
-            world.rules = [OracleRule(ipaddress.ip_network(cidr), allow, ttl_s != SHORT_S) for cidr, allow, ttl_s in rules]
+            world.rules = [
+                OracleRule(ipaddress.ip_network(cidr), allow, ttl_s != SHORT_S) for cidr, allow, ttl_s in rules
+            ]
             _leases(plane, rng, world)
             _use(plane, world)
             _inbound(plane, rng, world)
@@ -256,12 +264,11 @@ async def _unbind(plane: DataPlane) -> None:
     index = plane._slots[SLOT].index
     for slot in (SLOT, FOREIGN_SLOT):
         plane._clear(slot)
-        plane._slots[slot] = type(plane._slots[slot])()
+        plane._slots[slot] = SlotWord()
         plane._write_word(slot, plane._slots[slot])
     if index:
         plane._give_back(index)
-        while plane._tasks:
-            await asyncio.sleep(0.001)
+        await asyncio.gather(*plane._tasks)
 
 
 def _compare(plane: DataPlane, program: int, rng: random.Random, world: World, seed: int) -> Counter[Reason]:
@@ -287,7 +294,11 @@ def _compare(plane: DataPlane, program: int, rng: random.Random, world: World, s
         want = passed if reason < FIRST_DROP or would else dropped
         after = plane.counters(SLOT)
         before_list, after_list = (one.would_packets if would else one.packets for one in (before, after))
-        moved = {Reason(index).name: b - a for index, (a, b) in enumerate(zip(before_list, after_list, strict=True)) if a != b}
+        moved = {
+            Reason(index).name: b - a
+            for index, (a, b) in enumerate(zip(before_list, after_list, strict=True))
+            if a != b
+        }
         assert (got, moved) == (want, {reason.name: 1}), f"seed {seed}: {frame}\n{raw.hex()}\n{world}"
         before = after
         counted[reason] += 1

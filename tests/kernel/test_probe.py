@@ -136,6 +136,17 @@ def test_mount_points_with_blanks_are_read() -> None:
             subprocess.run(["umount", str(place)], check=True)
 
 
+def test_a_bind_mount_of_a_part_does_not_hide_the_whole(tmp_path: Path) -> None:
+    with bpffs() as directory:
+        part = directory / "part"
+        part.mkdir()
+        subprocess.run(["mount", "--bind", str(part), str(tmp_path)], check=True)
+        try:
+            assert probe.mounts()[tmp_path.stat().st_dev] == ("bpf", str(directory))
+        finally:
+            subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_memlock_is_raised_only_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise ValueError("not allowed to raise maximum limit")

@@ -218,7 +218,11 @@ class Series:
         """Run one round and check that every query was answered as it must be."""
         load = dnsperf(cpu, self.port, self.names, seconds)
         # The tail that is in the air when the time is up is not lost.
-        if not load.completed or load.sent - load.completed > OUTSTANDING or load.rcodes.get(self.rcode, 0) != load.completed:
+        if (
+            not load.completed
+            or load.sent - load.completed > OUTSTANDING
+            or load.rcodes.get(self.rcode, 0) != load.completed
+        ):
             raise SystemExit(f"{self.bench} {self.contestant}: wrong work: {load}")
         self.completed += load.completed
         if measure:
@@ -234,7 +238,10 @@ def report(series: list[Series], ours: str = "netfence") -> dict[str, Any]:
     """Print a table and return it as data: medians, spreads, ratios of ours to each other contestant."""
     out: dict[str, Any] = {}
     for one in series:
-        entry: dict[str, Any] = {"median_qps": round(one.median), "spread_qps": [round(min(one.qps)), round(max(one.qps))]}
+        entry: dict[str, Any] = {
+            "median_qps": round(one.median),
+            "spread_qps": [round(min(one.qps)), round(max(one.qps))],
+        }
         base = next(s for s in series if s.bench == one.bench and s.contestant == ours)
         if one is not base:
             ratio = base.median / one.median
@@ -245,7 +252,9 @@ def report(series: list[Series], ours: str = "netfence") -> dict[str, Any]:
                 entry |= {"goal": goal, "met": ratio >= goal}
         out.setdefault(one.bench, {})[one.contestant] = entry
         words = " ".join(f"{key}={value}" for key, value in entry.items() if key != "significant")
-        print(f"{one.bench:16} {one.contestant:9} {words}{'' if entry.get('significant', True) else ' not significant'}")
+        print(
+            f"{one.bench:16} {one.contestant:9} {words}{'' if entry.get('significant', True) else ' not significant'}"
+        )
     return out
 
 
@@ -321,7 +330,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="append the result to this file as one line")
-    parser.add_argument("--smoke", action="store_true", help="one short round: checks the work, the figures mean nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one short round: checks the work, the figures mean nothing"
+    )
     arguments = parser.parse_args()
     if arguments.serve:
         serve(int(arguments.serve[0]), arguments.serve[1])

@@ -76,7 +76,7 @@ def test_attach_makes_a_cgroup_path_absolute(
 
 
 BAD_USAGE = {
-    "no-command": ([], "Usage"),
+    "no-command": ([], "missing command"),
     "unknown-command": (["fence"], "no such command"),
     "unknown-option": (["attach", "--nope"], "no such option"),
     "no-target": (["attach"], "exactly one of --interface and --cgroup"),
@@ -108,6 +108,13 @@ def test_bad_usage_is_2_and_asks_no_daemon(args: list[str], words: str, daemon: 
         assert "--help`" in result.stderr
     assert "\x1b" not in result.stderr
     assert daemon.port.specs == []
+
+
+def test_nothing_at_all_shows_the_help() -> None:
+    result = run(None)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: netfenced" in result.stderr
+    assert "Examples:" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -184,6 +191,7 @@ def test_a_daemon_that_goes_away_is_3(daemon: Background) -> None:
         command.wait()
     assert command.returncode == 3
     assert stderr.startswith(f"netfenced: call the daemon on {daemon.path}: ")
+    assert stderr.count("\n") == 1  # gRPC's own words stay out of it
 
 
 async def _wait(daemon: Background) -> None:

@@ -122,7 +122,7 @@ def table(rows: Iterable[Row], head: Row | None = None) -> Table:
 
     body = list(rows)
     result = Table(box=box.SIMPLE_HEAD if head else None, show_header=head is not None, pad_edge=False)
-    for index in range(len(head or body[0])):
+    for index in range(len(head or next(iter(body), ()))):
         style = "bold" if head is None and index == 0 else None
         result.add_column(head[index] if head else "", overflow="fold", style=style)
     for row in body:

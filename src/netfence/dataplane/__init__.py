@@ -1,0 +1,1 @@
+"""The kernel side: programs, maps, hooks, targets. `plane.DataPlane` is its face."""

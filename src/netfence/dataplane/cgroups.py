@@ -104,6 +104,10 @@ def daemon_cgroup() -> tuple[int, tuple[int, ...]]:
         pids = [int(line) for line in (own / "cgroup.procs").read_text(encoding="ascii").split()]
     except OSError as error:
         raise explain(f"read the cgroup of netfenced at {own}", error) from error
+    if os.getpid() not in pids:
+        raise PreconditionError(
+            f"find the cgroup of netfenced: {own} should hold it and does not; mount cgroup2 whole, at /sys/fs/cgroup"
+        )
     return cgroup_id, tuple(pid for pid in pids if pid != os.getpid() and _parent(pid) != os.getpid())
 
 

@@ -1,7 +1,7 @@
-"""The compile child: the only importer of bcc. Makes maps, compiles and loads the programs, pins all, writes layout.json.
+"""The compile child: the only importer of bcc. Makes maps, compiles and loads programs, pins all, writes layout.json.
 
-Run as ``python -m netfence.dataplane.compile JSON`` by loader.py and gone afterwards, because clang's 120 MB must not stay
-in the daemon. Idempotent: maps pinned already are opened, not made; programs are pinned under their build's folder.
+Run as ``python -m netfence.dataplane.compile JSON`` by loader.py and gone afterwards, because clang's 120 MB must not
+stay in the daemon. Idempotent: maps pinned already are opened, not made; programs are pinned in their build's folder.
 Prints nothing but errors. Exit status 0: everything named in `PROGRAMS` is pinned and layout.json is written.
 """
 
@@ -57,7 +57,14 @@ def map_specs(layout: Layout, max_leases: int) -> list[MapSpec]:
     size, constant = layout.sizes, layout.constants
     slots, word = constant["SLOTS"], 4
     rules = [
-        MapSpec(f"nf_lpm{family}", MapType.LPM_TRIE, size[f"rule_key{family}"], size["rule"], constant["RULES"], BPF_F_NO_PREALLOC)
+        MapSpec(
+            f"nf_lpm{family}",
+            MapType.LPM_TRIE,
+            size[f"rule_key{family}"],
+            size["rule"],
+            constant["RULES"],
+            BPF_F_NO_PREALLOC,
+        )
         for family in (4, 6)
     ]
     return [
@@ -99,7 +106,7 @@ def _describe(table: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401 - bcc ha
         fields = {}
         for name, kind, *_ in structure._fields_:
             member = getattr(structure, name)
-            fields[name] = [member.offset, member.size, issubclass(kind, ctypes._SimpleCData)]
+            fields[name] = [member.offset, member.size, not hasattr(kind, "_fields_") and not hasattr(kind, "_length_")]
         found[structure.__name__] = {"size": ctypes.sizeof(structure), "fields": fields}
     return found
 

@@ -1,4 +1,4 @@
-"""The `config` map, shared memory with the kernel: each slot's word that switches its policy, and what stands beside it.
+"""The `config` map, shared memory with the kernel: each slot's word that switches its policy, and the rest.
 
 Owns `struct config`. The word is written in one aligned 8-byte store, so that a packet meets the old or the new policy,
 never a mixture; everything else changes with an attach only, or (own addresses) may be read half-written without harm.

@@ -105,7 +105,7 @@ class Hooks:
         return self._directory / f"{name}-{hook}"
 
     def _mark(self, name: str) -> None:
-        """Pin the program where a link would be: clsact filters have no pin, and the directory must tell what is in force."""
+        """Pin the program where a link would be: clsact filters have none, and the directory tells what is in force."""
         with contextlib.suppress(FileExistsError):
             links.obj_pin(self._programs["nf_tc"], self._pin(name, MAIN))
 

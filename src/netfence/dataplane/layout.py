@@ -32,7 +32,7 @@ class Layout:
 
     @classmethod
     def load(cls, path: Path) -> Layout:
-        """Read layout.json; raises OSError or ValueError (truncated: the child writes it atomically, so never by us)."""
+        """Read layout.json; raises OSError, ValueError (the child writes it whole or not at all)."""
         raw = json.loads(path.read_text(encoding="utf-8"))
         return cls.from_json(raw)
 
@@ -48,7 +48,9 @@ class Layout:
             if not isinstance(members, dict):
                 message = f"layout of struct {name}: no fields"
                 raise TypeError(message)
-            fields[name] = {member: Field(int(at), int(size), bool(integer)) for member, (at, size, integer) in members.items()}
+            fields[name] = {
+                member: Field(int(at), int(size), bool(integer)) for member, (at, size, integer) in members.items()
+            }
         constants = {name: int(str(value)) for name, value in raw["constants"].items()}
         return cls(sizes, fields, constants)
 

@@ -38,7 +38,7 @@ class LeaseMap:
         self._value = layout.packer("lease", "expiry", "last_use")
 
     def open(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
-        """Let a slot's packets to these packed addresses pass until `expiry` (monotonic seconds); renewals never shorten.
+        """Let a slot's packets to these packed addresses pass until `expiry` (monotonic seconds); never shortens.
 
         Raises ExhaustedError when the map is full, with none of the new ones left open.
         """
@@ -75,7 +75,7 @@ class LeaseMap:
     def scan(self, idle: int, longest: int, now: int) -> dict[int, set[bytes]]:
         """Find leases that pass nothing any more: packed addresses by slot. Times in jiffies (semantics.md 5)."""
         dead: dict[int, set[bytes]] = {}
-        for key in self._map.keys():
+        for key in self._map.keys():  # noqa: SIM118 - a Map is no dict
             found = self._map.lookup(key)
             if found is not None and self._dead(found, idle, longest, now):
                 slot, address = self._key.unpack(key)
@@ -100,7 +100,8 @@ class LeaseMap:
     def clear(self, slot: int) -> None:
         """Remove every lease of a slot; walks the whole map."""
         prefix = slot.to_bytes(4, sys.byteorder)
-        for key in [key for key in self._map.keys() if key.startswith(prefix)]:
+        gone = [key for key in self._map.keys() if key.startswith(prefix)]  # noqa: SIM118 - a Map is no dict
+        for key in gone:
             self._map.delete(key)
 
 

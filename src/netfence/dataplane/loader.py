@@ -1,8 +1,9 @@
 """Gets the programs and maps into the kernel, or finds them there: build id, compile child, pins.
 
-Layout of `bpffs_dir`: ``maps/<name>``, ``programs-<build>/<name>``, ``links/<attachment>-<hook>`` (bpffs allows no dots). The build id is a hash
-of the BPF sources, of what is compiled with them and of the map sizes: the same id is taken over without compiling.
-bpffs holds no ordinary files, so ``layout-<build>.json`` stands in `data_dir`. Refuses to know what a program does.
+Layout of `bpffs_dir`: ``maps/<name>``, ``programs-<build>/<name>``, ``links/<attachment>-<hook>`` (no dots: bpffs allows
+none). The build id is a hash of the BPF sources, of what compiles them and of the map sizes: the same id is taken over
+without compiling. bpffs holds no ordinary files, so ``layout-<build>.json`` stands in `data_dir`. Refuses to know what a
+program does.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def _refuse_other_build(bpffs_dir: Path, build: str) -> None:
         return
     if any(bpffs_dir.glob("links/*")):
         message = (
-            f"load the data plane under {bpffs_dir}: it holds attachments of another netfence build ({others[0].name}); "
-            "they stay in force; detach them with that version, or stop it with enforcement.on_shutdown: detach"
+            f"load the data plane under {bpffs_dir}: it holds attachments of another netfence build "
+            f"({others[0].name}); they stay in force; detach them with that version, or stop it with "
+            "enforcement.on_shutdown: detach"
         )
         raise PreconditionError(message)
     unload(bpffs_dir)
@@ -111,7 +113,9 @@ def _compile(job: child.Job) -> None:
             command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired as error:
-        message = f"compile the BPF programs: no end after {COMPILE_TIMEOUT_S:.0f} s; try again on a less loaded machine"
+        message = (
+            f"compile the BPF programs: no end after {COMPILE_TIMEOUT_S:.0f} s; try again on a less loaded machine"
+        )
         raise PreconditionError(message) from error
     if done.returncode == 0:
         return

@@ -53,7 +53,7 @@ class MapSpec:
 
 
 class _CreateAttr(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 - ctypes protocol
+    _fields_ = [
         ("map_type", ctypes.c_uint32),
         ("key_size", ctypes.c_uint32),
         ("value_size", ctypes.c_uint32),
@@ -66,7 +66,7 @@ class _CreateAttr(ctypes.Structure):
 
 
 class _ElementAttr(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("map_fd", ctypes.c_uint64),
         ("key", ctypes.c_char_p),
         ("value", ctypes.c_char_p),
@@ -75,7 +75,7 @@ class _ElementAttr(ctypes.Structure):
 
 
 class _BatchAttr(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("in_batch", ctypes.c_uint64),
         ("out_batch", ctypes.c_uint64),
         ("keys", ctypes.c_char_p),
@@ -88,7 +88,7 @@ class _BatchAttr(ctypes.Structure):
 
 
 class _IdAttr(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32)]  # noqa: RUF012
+    _fields_ = [("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32)]
 
 
 @functools.cache
@@ -116,11 +116,9 @@ class Map:
             inner = cls.create(spec.inner)
             inner_fd = inner.fd
         name = spec.name.encode()[:15]
-        attr = _CreateAttr(
-            spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags, inner_fd, 0, name
-        )
+        attr = _CreateAttr(spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags, inner_fd, 0, name)
         fd = call(Cmd.MAP_CREATE, attr)
-        os.set_inheritable(fd, False)  # noqa: FBT003
+        os.set_inheritable(fd, False)
         if inner is not None:
             inner.close()
         return cls(fd, spec)
@@ -184,7 +182,10 @@ class Map:
         total = len(keys) // key_size
         for start in range(0, total, BATCH):
             end = min(start + BATCH, total)
-            part_keys, part_values = keys[start * key_size : end * key_size], values[start * value_size : end * value_size]
+            part_keys, part_values = (
+                keys[start * key_size : end * key_size],
+                values[start * value_size : end * value_size],
+            )
             attr = _BatchAttr(0, 0, part_keys, part_values, end - start, self.fd, 0, 0)
             try:
                 call(Cmd.MAP_UPDATE_BATCH, attr)

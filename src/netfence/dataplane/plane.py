@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +23,13 @@ from netfence.dataplane import links, loader, probe
 from netfence.dataplane.cgroups import CgroupTarget
 from netfence.dataplane.clock import Clock
 from netfence.dataplane.config import ConfigMap, Static, network_port
-from netfence.dataplane.counters import Counters, CounterMap
+from netfence.dataplane.counters import CounterMap, Counters
 from netfence.dataplane.failure import explain
 from netfence.dataplane.hooking import Hooks
 from netfence.dataplane.leases import InboundMap, LeaseMap, kernel_address
 from netfence.dataplane.loader import Loaded
 from netfence.dataplane.rules import RuleTables
+from netfence.dataplane.slotword import SlotWord
 from netfence.dataplane.target import Direction, InterfaceTarget
 from netfence.errors import ExhaustedError, NetfenceError, PreconditionError
 from netfence.policy.cidr import Entry, Key
@@ -55,19 +55,6 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
-class _Slot:
-    """What the kernel's word of a slot says now."""
-
-    index: int = 0  # policy index; 0: no rules
-    mode: Mode = Mode.BLOCK_ALL
-    audit: bool = False
-    start: bool = True
-    rules4: bool = False
-    rules6: bool = False
-    leases: bool = False
-
-
 class DataPlane:
     """See the module. Make one with `open`; only one per `bpffs_dir` at a time."""
 
@@ -88,7 +75,7 @@ class DataPlane:
         self._counters = CounterMap(maps["counters"], layout)
         self._endpoint = layout.packer("endpoint", "address", "port")
         self._hooks = Hooks(loaded, bpffs_dir / "links", tcx=tcx)
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, SlotWord] = {}
         self._free = set(range(1, min(layout.constants["SLOTS"], MAX_ATTACHMENTS + 1)))
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dataplane")
         self._to_release: list[int] = []
@@ -101,7 +88,7 @@ class DataPlane:
         self._endpoints: dict[int, bytes] = {}
         self.features: Mapping[str, str] = probe.features(bpffs_dir)
         self.kernel_release = os.uname().release
-        self._write_word(0, _Slot(mode=start_mode))
+        self._write_word(0, SlotWord(mode=start_mode))
 
     @classmethod
     async def open(
@@ -109,8 +96,8 @@ class DataPlane:
     ) -> DataPlane:
         """Check the host, lock `bpffs_dir`, load or take over programs and maps.
 
-        `tcx` False forces clsact, None chooses by what the kernel has. Raises PreconditionError (kernel, bpffs, a second
-        daemon, compile errors), PermissionDeniedError.
+        `tcx` False forces clsact, None chooses by what the kernel has. Raises PreconditionError (kernel, bpffs, a
+        second daemon, compile errors), PermissionDeniedError.
         """
 
         def blocking() -> tuple[Loaded, int]:
@@ -140,7 +127,7 @@ class DataPlane:
         return slot
 
     def claim_slot(self, slot: int) -> None:
-        """Reserve the slot of an attachment that outlived the last daemon; raises PreconditionError when it is taken."""
+        """Reserve the slot of an attachment that outlived the last daemon; PreconditionError when it is taken."""
         if slot not in self._free:
             message = f"take over slot {slot}: it belongs to another attachment; the stored state is damaged"
             raise PreconditionError(message)
@@ -158,7 +145,7 @@ class DataPlane:
 
         `direction` is None for a cgroup; `name` names the pins. Raises what the hooks raise (`netfence.errors`).
         """
-        self._slots[slot] = _Slot(mode=self._start_mode)
+        self._slots[slot] = SlotWord(mode=self._start_mode)
         try:
             self._write_maps(slot, static)
             if isinstance(target, CgroupTarget):
@@ -177,7 +164,7 @@ class DataPlane:
 
     async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
         """Take over what a daemon before us attached; False when a hook was gone and had to be put back."""
-        state = self._slots[slot] = self._read_word(slot)
+        state = self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
         if state.index:
             self._rules.claim(state.index)
         self._write_maps(slot, static, word=False)
@@ -199,7 +186,7 @@ class DataPlane:
         pending = self._inbound_hooks.pop(name, None)
         if pending is not None:
             await asyncio.wait([pending])
-        state = self._slots.get(slot, _Slot())
+        state = self._slots.get(slot, SlotWord())
         if isinstance(target, CgroupTarget):
             # Storage outlives the links and would come back with the next attach: back to start_mode first.
             await self._run(lambda: self._set_cgroup(target, 0))
@@ -209,7 +196,7 @@ class DataPlane:
             if self._interface_slot(target.ifindex) == slot:
                 self._set_interface(target.ifindex, 0)
         await self._run(lambda: self._clear(slot))
-        self._slots[slot] = _Slot(mode=self._start_mode)
+        self._slots[slot] = SlotWord(mode=self._start_mode)
         if state.index:
             self._give_back(state.index)
 
@@ -252,9 +239,9 @@ class DataPlane:
             self._give_back(before)
 
     def _small_change(
-        self, state: _Slot, policy: Policy, old: Policy | None, now: float
+        self, state: SlotWord, policy: Policy, old: Policy | None, now: float
     ) -> list[tuple[Key, Entry | None]] | None:
-        """List the changes to make in the tables in force, when that is as atomic as a switch; None: make new tables."""
+        """List the changes to make in the tables in force, if that is as atomic as a switch; None: make new tables."""
         if old is None or state.start:
             return None
         changes: list[tuple[Key, Entry | None]] = []
@@ -288,7 +275,7 @@ class DataPlane:
         self._leases.close(slot, addresses)
 
     async def sweep(self, slot: int) -> set[bytes]:
-        """Remove the slot's leases that pass nothing any more, return their addresses; also idle inbound connections."""
+        """Remove the slot's leases that pass nothing any more, return their addresses; and idle inbound connections."""
         async with self._scan_lock:
             loop = asyncio.get_running_loop()
             if loop.time() - self._scanned > SCAN_EVERY_S:
@@ -378,7 +365,7 @@ class DataPlane:
             await finish(self.detach(slot, target, name), f"undo attach {name}")
         except (NetfenceError, OSError) as error:
             # What is left judges by start_mode; the slot stays taken as long as the daemon runs.
-            log.error("attach_not_undone", attachment=name, error=str(error))
+            log.exception("attach_not_undone", attachment=name, error=str(error))
 
     async def _attach_inbound(self, target: Target, direction: Direction | None, name: str) -> None:
         try:
@@ -386,26 +373,8 @@ class DataPlane:
         except Exception as error:  # noqa: BLE001 - the fence holds without it; replies do not pass
             log.warning("inbound_hook_failed", attachment=name, error=str(error), effect="replies are dropped")
 
-    def _write_word(self, slot: int, state: _Slot) -> None:
-        bit = self._loaded.layout.constants
-        word = state.index | state.mode << bit["ACTIVE_MODE_SHIFT"]
-        word |= bit["ACTIVE_RULES4"] * state.rules4 | bit["ACTIVE_RULES6"] * state.rules6
-        word |= bit["ACTIVE_LEASES"] * state.leases | bit["ACTIVE_AUDIT"] * state.audit | bit["ACTIVE_START"] * state.start
-        self.config.switch(slot, word)
-
-    def _read_word(self, slot: int) -> _Slot:
-        bit = self._loaded.layout.constants
-        word = self.config.word(slot)
-        mode = word >> bit["ACTIVE_MODE_SHIFT"] & 0xFF
-        return _Slot(
-            index=word & 0xFFFF,
-            mode=Mode(mode) if mode in set(Mode) else Mode.BLOCK_ALL,
-            audit=bool(word & bit["ACTIVE_AUDIT"]),
-            start=bool(word & bit["ACTIVE_START"]),
-            rules4=bool(word & bit["ACTIVE_RULES4"]),
-            rules6=bool(word & bit["ACTIVE_RULES6"]),
-            leases=True,
-        )
+    def _write_word(self, slot: int, state: SlotWord) -> None:
+        self.config.switch(slot, state.encode(self._loaded.layout))
 
     def _give_back(self, index: int) -> None:
         self._to_release.append(index)

@@ -209,14 +209,21 @@ def require_capabilities(what: str, *names: str) -> None:
 
 
 def mounts() -> dict[int, tuple[str, str]]:
-    """Read the mount table: device number → (file system type, mount point); the last mounted of a device counts."""
+    """Read the mount table: device number → (file system type, mount point).
+
+    Of a device mounted more than once the first whole mount counts, not a bind mount of a part of it.
+    """
     found: dict[int, tuple[str, str]] = {}
+    partial: set[int] = set()
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         head, _, tail = line.partition(" - ")
         fields = head.split()
         major, _, minor = fields[2].partition(":")
         point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-        found[os.makedev(int(major), int(minor))] = (tail.split()[0], point)
+        device = os.makedev(int(major), int(minor))
+        if device not in found or (fields[3] == "/" and device in partial):
+            found[device] = (tail.split()[0], point)
+            (partial.discard if fields[3] == "/" else partial.add)(device)
     return found
 
 

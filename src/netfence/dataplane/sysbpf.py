@@ -49,7 +49,7 @@ class Cmd(enum.IntEnum):
 def call(cmd: Cmd, attr: ctypes.Structure | ctypes.Array[ctypes.c_char]) -> int:
     """Run bpf(cmd, attr, sizeof attr); return its result, raise OSError with errno.
 
-    `attr` is a ctypes structure or buffer laid out as the command's part of `union bpf_attr`; the kernel may write to it.
+    `attr` is a ctypes structure or buffer laid out as the command's part of `union bpf_attr`; the kernel may write it.
     """
     result = int(_libc.syscall(_SYSCALL_NUMBER, int(cmd), ctypes.byref(attr), ctypes.sizeof(attr)))
     if result < 0:

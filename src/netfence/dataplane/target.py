@@ -150,10 +150,9 @@ def resolve_interface(name: str) -> InterfaceTarget:
         raise InvalidError(f"{what}: not an interface name; 1 to {_NAME_MAX} bytes without blanks and slashes")
     try:
         with Rtnl() as netlink:
-            record = rtnl.get_link(netlink, name)
-            return _describe(netlink, record, what)
+            return _describe(netlink, rtnl.get_link(netlink, name), what)
     except OSError as error:
-        if error.errno in (errno.ENODEV, errno.EINVAL):  # EINVAL: alternative names before 5.5
+        if error.errno == errno.ENODEV:
             raise NotFoundError(f"{what}: no such interface in this network namespace; see `ip link`") from error
         raise explain(what, error) from error
 

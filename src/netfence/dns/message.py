@@ -118,9 +118,7 @@ def upstream_query(key: bytes, *, do: bool, cd: bool) -> bytes:
     Nothing else of the client's message goes out: its EDNS options, its spelling and its padding stay here.
     """
     word = RD | AD | (CD if cd else 0)
-    return (
-        HEADER.pack(0, word, 1, 0, 0, 1) + key + _OPT_HEAD.pack(0, OPT, MAX_UDP_REPLY, DO if do else 0, 0)
-    )
+    return HEADER.pack(0, word, 1, 0, 0, 1) + key + _OPT_HEAD.pack(0, OPT, MAX_UDP_REPLY, DO if do else 0, 0)
 
 
 def from_addresses(query: Query, addresses: Iterable[bytes], ttl_s: int, now: float) -> Answer:

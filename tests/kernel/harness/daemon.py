@@ -256,7 +256,7 @@ class Netfenced:
             return CounterMap(pinned, layout).read(self.slot(attachment_id))
 
     def reasons(self, attachment_id: str) -> collections.Counter[Reason]:
-        """Count the packets per reason since the attach: passed, and dropped. Subtract an earlier one to see what moved."""
+        """Count packets per reason since the attach; subtract an earlier count to see what moved."""
         packets = self.counters(attachment_id).packets
         return collections.Counter({reason: packets[reason] for reason in Reason if packets[reason]})
 

@@ -68,9 +68,9 @@ def attach(prog_fd: int, ifindex: int, name: str, side: Side, marker: Path) -> N
     try:
         with Rtnl() as netlink:
             made = _ensure_qdisc(netlink, ifindex, name, side, what)
-            if made:
-                marker.mkdir(mode=0o700, exist_ok=True)
             try:
+                if made:
+                    marker.mkdir(mode=0o700, exist_ok=True)
                 priority = _choose_priority(_filters(netlink, ifindex, side))
                 _put_filter(netlink, ifindex, side, priority, prog_fd)
             except OSError:

@@ -1,0 +1,137 @@
+"""Where DNS servers listen, on this host's own loopback: binding decides, ports are reused late, nothing is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from netfence.endpoints import AddressEndpoints, Endpoint, Endpoints, PortEndpoints, make
+from netfence.errors import ExhaustedError, NetfenceError, PermissionDeniedError, PreconditionError
+
+
+class Binder:
+    """Binds UDP sockets and keeps them."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.failure: int | None = None
+
+    async def bind(self, host: str, port: int) -> None:
+        if self.failure is not None:
+            raise OSError(self.failure, os.strerror(self.failure))
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            sock.close()
+            raise
+        self.stack.callback(sock.close)
+
+
+def reserve(endpoints: Endpoints, count: int, binder: Binder | None = None) -> list[Endpoint]:
+    async def work() -> list[Endpoint]:
+        used = binder or Binder()
+        with ExitStack() as stack:
+            if binder is None:
+                stack.callback(used.stack.close)
+            return [await endpoints.reserve(used.bind) for _ in range(count)]
+
+    return asyncio.run(work())
+
+
+@pytest.fixture
+def base() -> int:
+    """Give a port with three free ones after it."""
+    for first in range(41000, 60000, 4):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + 4):
+                    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                    sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    pytest.fail("no free ports on this machine")
+
+
+def test_each_attachment_gets_a_port_and_a_foreign_one_is_passed_over(base: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
+        foreign.bind(("127.0.0.1", base + 1))
+        found = reserve(make("127.0.0.1", base, base + 3), 3)
+    assert [each.port for each in found] == [base, base + 2, base + 3]
+
+
+def test_no_port_left_is_told_with_the_remedy_and_a_released_one_is_found(base: int) -> None:
+    endpoints = PortEndpoints("127.0.0.1", base, base + 1)
+    first, _ = reserve(endpoints, 2)
+    with pytest.raises(ExhaustedError, match=rf"none free in {base}-{base + 1} .*widen dns\.port_min"):
+        reserve(endpoints, 1)
+    asyncio.run(endpoints.release(first))
+    assert reserve(endpoints, 1) == [first]
+
+
+def test_ports_are_reused_as_late_as_possible(base: int) -> None:
+    endpoints = PortEndpoints("127.0.0.1", base, base + 2)
+    (first,) = reserve(endpoints, 1)
+    asyncio.run(endpoints.release(first))
+    assert [each.port for each in reserve(endpoints, 3)] == [base + 1, base + 2, base]
+
+
+def test_a_claimed_port_is_not_given_again(base: int) -> None:
+    endpoints = PortEndpoints("127.0.0.1", base, base + 1)
+    asyncio.run(endpoints.claim(Endpoint("127.0.0.1", base)))
+    assert reserve(endpoints, 1)[0].port == base + 1
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "says"),
+    [
+        (errno.EADDRNOTAVAIL, PreconditionError, "set dns.listen_addr to an address of this host"),
+        (errno.EACCES, PermissionDeniedError, "CAP_NET_BIND_SERVICE"),
+        (errno.EMFILE, ExhaustedError, "LimitNOFILE"),
+        (errno.EAFNOSUPPORT, PreconditionError, "check dns.listen_addr"),
+    ],
+    ids=["not-ours", "privileged", "no-files", "other"],
+)
+@pytest.mark.parametrize("listen", ["127.0.0.1", "127.53.0.0/24"], ids=["address", "cidr"])
+def test_what_no_other_port_cures_is_told_at_once(
+    base: int, listen: str, number: int, kind: type[NetfenceError], says: str
+) -> None:
+    endpoints = make(listen, base, base + 3)
+    binder = Binder()
+    binder.failure = number
+    with pytest.raises(kind, match=says):
+        reserve(endpoints, 1, binder)
+    binder.failure = errno.EADDRINUSE
+    with pytest.raises(ExhaustedError):
+        reserve(endpoints, 1, binder)
+
+
+def test_an_address_of_this_host_is_really_wanted(base: int) -> None:
+    with pytest.raises(PreconditionError, match=r"192\.0\.2\.1"):
+        reserve(PortEndpoints("192.0.2.1", base, base), 1)
+
+
+def test_in_a_loopback_cidr_each_attachment_has_an_address_and_port_53(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netfence.endpoints.DNS_PORT", 41053)  # binding 53 wants root
+    endpoints = make("127.53.0.0/29", 1, 2)
+    assert isinstance(endpoints, AddressEndpoints)
+    found = reserve(endpoints, 6)
+    assert [each.host for each in found] == [f"127.53.0.{host}" for host in range(1, 7)]
+    assert {each.port for each in found} == {41053}
+    with pytest.raises(ExhaustedError, match=r"127\.53\.0\.0/29: none free .* larger CIDR"):
+        reserve(endpoints, 1)
+    asyncio.run(endpoints.release(found[2]))
+    assert reserve(endpoints, 1) == [found[2]]
+
+
+def test_an_endpoint_tells_its_forms() -> None:
+    assert str(Endpoint("127.0.0.1", 53)) == "127.0.0.1:53"
+    assert str(Endpoint("::1", 53)) == "[::1]:53"
+    assert (Endpoint("::1", 53).loopback, Endpoint("192.0.2.1", 53).loopback) == (True, False)
+    assert Endpoint("192.0.2.1", 53).packed == b"\xc0\x00\x02\x01"

@@ -1,0 +1,232 @@
+"""The store on real files: what is saved comes back, who else comes is refused, what fails changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from netfence.errors import NetfenceError, PreconditionError
+from netfence.store import DATABASE, SCHEMA_VERSION, Row, Store
+
+ROW = Row(
+    id="one",
+    slot=1,
+    kind="interface",
+    name="veth0",
+    identity="7",
+    link_kind="veth",
+    direction="workload",
+    hook="tc",
+    mechanism="",
+    dns_host="127.0.0.1",
+    dns_port=11000,
+    boot_id="boot",
+    attached_at=100.5,
+    metadata={"tenant": "acme", "quote": "'\"\u00fc"},
+)
+
+
+def with_store(directory: Path, work: Callable[[Store], Awaitable[None]]) -> None:
+    async def test() -> None:
+        store = Store.open(directory)
+        try:
+            await work(store)
+        finally:
+            await store.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def rows(directory: Path) -> list[Row]:
+    found: list[Row] = []
+
+    async def work(store: Store) -> None:
+        found.extend(await store.load())
+
+    with_store(directory, work)
+    return found
+
+
+def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
+    saved = replace(ROW, mechanism="tcx", policy_version="v1", dns_allowed=3, dns_blocked=4)
+
+    async def work(store: Store) -> None:
+        await store.reserve(ROW)
+        await store.save(saved, lambda: "the policy")
+
+    with_store(tmp_path / "data", work)
+    assert rows(tmp_path / "data") == [replace(saved, policy="the policy")]
+
+
+def test_rows_come_back_oldest_first_and_a_removed_one_does_not(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.reserve(replace(ROW, id="young", slot=2, attached_at=200.0))
+        await store.reserve(ROW)
+        await store.reserve(replace(ROW, id="gone", slot=3))
+        await store.remove("gone")
+        await store.remove("gone")
+
+    with_store(tmp_path, work)
+    assert [row.id for row in rows(tmp_path)] == ["one", "young"]
+
+
+def test_what_changes_of_an_attachment_is_stored(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.reserve(ROW)
+        await store.move("one", "veth9")
+        await store.save_counters({"one": (10, 20), "unknown": (1, 1)})
+        await store.replace(replace(ROW, name="veth9", identity="8", slot=5, mechanism="clsact", boot_id="next"))
+
+    with_store(tmp_path, work)
+    (row,) = rows(tmp_path)
+    assert (row.name, row.identity, row.slot, row.mechanism, row.boot_id) == ("veth9", "8", 5, "clsact", "next")
+    assert (row.dns_allowed, row.dns_blocked) == (10, 20)
+
+
+def test_the_daemon_id_is_made_once(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    async def work(store: Store) -> None:
+        seen.append(store.daemon_id)
+
+    with_store(tmp_path, work)
+    with_store(tmp_path, work)
+    assert seen[0]
+    assert seen == [seen[0]] * 2
+
+
+def test_files_are_for_the_owner_alone(tmp_path: Path) -> None:
+    rows(tmp_path / "deep" / "data")
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in (tmp_path / "deep" / "data", *(tmp_path / "deep" / "data").iterdir())
+    }
+    assert modes["data"] == 0o700
+    assert {mode for name, mode in modes.items() if name != "data"} == {0o600}
+
+
+def test_a_second_daemon_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    async def work(_store: Store) -> None:
+        with pytest.raises(PreconditionError, match="another netfenced uses this data_dir; stop it or set another"):
+            Store.open(tmp_path)
+
+    with_store(tmp_path, work)
+    assert rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707], ids=oct)
+def test_a_directory_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(PreconditionError, match=r"others may write it .* chmod 0700"):
+        Store.open(tmp_path)
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(PreconditionError, match="data_dir"):
+        Store.open(tmp_path / "data")
+
+
+def test_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    rows(tmp_path)
+    with sqlite3.connect(tmp_path / DATABASE) as connection:
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    connection.close()
+    before = (tmp_path / DATABASE).read_bytes()
+    for _ in range(2):  # and the lock is free again
+        with pytest.raises(PreconditionError, match=f"schema version {SCHEMA_VERSION + 1}, this netfenced reads"):
+            Store.open(tmp_path)
+    assert (tmp_path / DATABASE).read_bytes() == before
+
+
+def test_a_damaged_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / DATABASE).write_bytes(b"not a database at all" * 100)
+    with pytest.raises(PreconditionError, match=r"state\.db: file is not a database; move the file away"):
+        Store.open(tmp_path)
+
+
+def test_a_full_disk_fails_the_write_and_keeps_the_old_row(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.reserve(ROW)
+        await store.save(ROW, lambda: "old")
+        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+        store._connection.execute(f"PRAGMA max_page_count={pages + 2}")
+        with pytest.raises(NetfenceError, match=r"save state in .*full; free disk space"):
+            await store.save(ROW, lambda: "x" * 1_000_000)
+        await store.save(replace(ROW, policy_version="v2"), lambda: "new")
+
+    with_store(tmp_path, work)
+    assert [(row.policy, row.policy_version) for row in rows(tmp_path)] == [("new", "v2")]
+
+
+def test_an_encoder_that_fails_changes_nothing(tmp_path: Path) -> None:
+    def broken() -> str:
+        raise ValueError("broken")
+
+    async def work(store: Store) -> None:
+        await store.reserve(ROW)
+        with pytest.raises(ValueError, match="broken"):
+            await store.save(ROW, broken)
+
+    with_store(tmp_path, work)
+    assert rows(tmp_path) == [ROW]
+
+
+def test_saving_what_was_removed_is_an_error(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        with pytest.raises(NetfenceError, match="no such attachment"):
+            await store.save(ROW, lambda: "late")
+
+    with_store(tmp_path, work)
+
+
+def test_a_reserved_row_survives_kill_9(tmp_path: Path) -> None:
+    program = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from tests.unit.test_store import ROW
+from netfence.store import Store
+async def main():
+    await Store.open(Path(sys.argv[1])).reserve(ROW)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    repo = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=repo, check=False, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+    assert rows(tmp_path) == [ROW]
+
+
+def test_the_loop_goes_on_while_a_large_policy_is_encoded(tmp_path: Path) -> None:
+    turns = 0
+
+    async def work(store: Store) -> None:
+        nonlocal turns
+        await store.reserve(ROW)
+        ready, waiting = os.pipe()
+
+        def encode() -> str:
+            os.read(ready, 1)  # would wait for ever, were it on the loop
+            return "large"
+
+        saving = asyncio.ensure_future(store.save(ROW, encode))
+        for _ in range(10):
+            await asyncio.sleep(0)
+            turns += 1
+        os.write(waiting, b"x")
+        await saving
+        os.close(ready)
+        os.close(waiting)
+
+    with_store(tmp_path, work)
+    assert turns == 10
