@@ -51,7 +51,6 @@ class Commands(click.Group):
         extra["standalone_mode"] = False
         try:
             status = super().main(args, prog_name, **extra)
-            sys.stdout.flush()
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             status = USAGE
@@ -69,9 +68,6 @@ class Commands(click.Group):
             status = error.status
         except click.Abort:
             status = INTERRUPTED
-        except BrokenPipeError:  # the reader (head, less) has seen enough; keep Python's own flush at exit quiet
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = FAILED
         sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -40,26 +40,26 @@ class Keys:
 
     def unknown(self, source: str, path: str, value: object) -> str:
         """Return the message about a key that does not exist, with the nearest one that does."""
-        near = self._nearest(path)
-        where = path.rpartition(".")[0]
-        prefix = f"{where}." if where in self.sections else ""
+        section, _, name = path.rpartition(".")
+        prefix = f"{section}." if section in self.sections else ""
         here = sorted({key[len(prefix) :].partition(".")[0] for key in self.leaves if key.startswith(prefix)})
-        hint = (
-            f"did you mean {near}?"
-            if near
-            else f"known {f'in {where}' if prefix else 'at the top'} are {', '.join(here)}"
-        )
+        near = self._nearest(path, name, prefix, here)
+        where = f"in {section}" if prefix else "at the top"
+        hint = f"did you mean {near}?" if near else f"known {where} are {', '.join(here)}"
         return f"{source}: {path}: unknown key (value {shown(str(value))}); {hint}"
 
-    def _nearest(self, path: str) -> str | None:
-        known = [*self.leaves, *self.sections]
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    def _nearest(self, path: str, name: str, prefix: str, here: Collection[str]) -> str | None:
+        """Return the key that was likely meant: a like name here, the name in another section, a like path."""
+        if prefix or "." not in path:
+            close = difflib.get_close_matches(name, here, n=1, cutoff=0.7)
+            if close:
+                return prefix + close[0]
+        by_name = {key.rpartition(".")[2]: key for key in self.leaves}
+        close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.85)
         if close:
-            return close[0]
-        # The right name in the wrong section.
-        by_name = {key.rpartition(".")[2]: key for key in known}
-        close = difflib.get_close_matches(path.rpartition(".")[2], by_name, n=1, cutoff=0.85)
-        return by_name[close[0]] if close else None
+            return by_name[close[0]]
+        close = difflib.get_close_matches(path, self.leaves, n=1, cutoff=0.85)
+        return close[0] if close else None
 
 
 def from_file(path: Path, keys: Keys, faults: list[str]) -> dict[str, Given]:
@@ -177,7 +177,10 @@ def from_environ(environ: Mapping[str, str], keys: Keys, faults: list[str]) -> d
         path = by_variable.get(name.upper())
         if path is None:
             meant = name[len(ENV_PREFIX) :].lower().replace("__", ".")
-            faults.append(keys.unknown(source, meant, environ[name]))
+            if meant in keys.sections:
+                faults.append(f"{source}: {meant}: a section; set its keys one by one, as {name.upper()}__NAME")
+            else:
+                faults.append(keys.unknown(source, meant, environ[name]))
         elif path in values:
             faults.append(f"{source}: {path}: given twice, also as {values[path].source}")
         else:

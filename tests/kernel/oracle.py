@@ -1,6 +1,6 @@
 """What the fence must say about a packet, written a second time: plainly, from a description, not from bytes.
 
-Follows semantics.md 2–7 sentence by sentence with `ipaddress` and linear scans. Knows nothing of BPF, maps or CidrTable.
+Follows semantics.md 2–7 sentence by sentence with `ipaddress` and linear scans. Knows no BPF, maps or CidrTable.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ from hooktools import (
     program,
     run,
 )
-from netfence.dataplane import links, probe
+from netfence.dataplane import links, probe, sysbpf
 from netfence.dataplane.hooks import cgroup as cgroup_hook
 from netfence.dataplane.hooks import clsact, tcx
 from netfence.dataplane.hooks.chain import Side
@@ -354,6 +356,29 @@ class TestCgroup:
             assert front.name == "childs"
             for each in ("ours", "childs"):
                 cgroup_hook.detach(pins / each)
+            for fd in fds:
+                os.close(fd)
+
+    @pytest.mark.skipif(
+        probe.kernel_version() < (6, 16), reason="waits for Linux 6.16, which brought BPF_F_PREORDER for links"
+    )
+    def test_an_ancestors_program_in_front_is_named(self, pins: Path) -> None:
+        """BPF_F_PREORDER lets a parent's program run before a child's."""
+        hook = AttachType.CGROUP_INET_EGRESS
+        with (
+            cgroup() as path,
+            cgroup("child", path) as child,
+            program(1, ProgType.CGROUP_SKB, hook, name="parents") as theirs,
+            program(1, ProgType.CGROUP_SKB, hook) as ours,
+        ):
+            fds = [os.open(each, os.O_RDONLY | os.O_DIRECTORY) for each in (path, child)]
+            cgroup_hook.attach(ours, fds[1], str(child), hook, pins / "ours")
+            assert cgroup_hook.in_front(fds[1], hook, links.prog_info(ours).id) == ()
+            preorder = struct.pack("=IIIIQ", theirs, fds[0], hook, 1 << 6, 0)
+            fds.append(sysbpf.call(sysbpf.Cmd.LINK_CREATE, ctypes.create_string_buffer(preorder, len(preorder))))
+            (front,) = cgroup_hook.in_front(fds[1], hook, links.prog_info(ours).id)
+            assert front.name == "parents"
+            cgroup_hook.detach(pins / "ours")
             for fd in fds:
                 os.close(fd)
 

@@ -138,7 +138,7 @@ def test_bond_member_is_refused() -> None:
     [
         "ip route add default via 10.0.0.2",
         "ip route add default via 10.0.0.2 table 77",
-        "ip route add default nexthop via 10.0.0.2 nexthop via 10.1.0.2",
+        "ip route add default nexthop via 10.1.0.2 nexthop via 10.0.0.2",
         "ip -6 route add default via fd00:1::2",
     ],
     ids=["main", "other-table", "multipath", "ipv6"],
@@ -159,9 +159,11 @@ def test_veth_with_the_default_route_is_refused(route: str) -> None:
         choose_direction(resolve_interface("x0"), None)
 
 
-def test_an_unreachable_default_is_no_way_out() -> None:
+def test_a_default_that_leads_nowhere_is_no_way_out() -> None:
     add_link("veth", "peer name y0")
+    run("ip link set x0 up")
     run("ip route add unreachable default")
+    run("ip route add local default dev x0 table 100")  # what a transparent proxy does: every address is this host
     assert not resolve_interface("x0").has_default_route
 
 

@@ -171,6 +171,8 @@ def test_what_happened_before_watch_is_told() -> None:
             run("ip link del h0")
             links.watch(h0, "h0")
             await seen.wait(LinkGone(h0), LinkGone(w0))
+            await seen.fence()
+            assert len(seen.of(LinkGone)) == 2  # each once, though the kernel's own message came after
 
     on_loop(body)
 

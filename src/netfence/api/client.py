@@ -63,7 +63,8 @@ class DaemonClient:
 
     def attach(self, spec: AttachSpec) -> daemon_pb2.AttachResponse:
         """Fence a target."""
-        return self._call(self._stub.Attach, attach_request(spec), CHANGE_TIMEOUT_S)
+        answer: daemon_pb2.AttachResponse = self._call(self._stub.Attach, attach_request(spec), CHANGE_TIMEOUT_S)
+        return answer
 
     def detach(self, attachment_id: str) -> None:
         """Take a fence off."""
@@ -71,7 +72,9 @@ class DaemonClient:
 
     def list_page(self, size: int, token: str = "") -> daemon_pb2.ListResponse:
         """Return one page of attachments."""
-        return self._call(self._stub.List, daemon_pb2.ListRequest(page_size=size, page_token=token), READ_TIMEOUT_S)
+        request = daemon_pb2.ListRequest(page_size=size, page_token=token)
+        answer: daemon_pb2.ListResponse = self._call(self._stub.List, request, READ_TIMEOUT_S)
+        return answer
 
     def list_all(self, size: int = MAX_SIZE) -> Iterator[daemon_pb2.AttachmentInfo]:
         """Yield every attachment, in pages of `size`."""
@@ -85,7 +88,8 @@ class DaemonClient:
 
     def status(self) -> daemon_pb2.DaemonStatus:
         """Return the daemon's status."""
-        return self._call(self._stub.GetStatus, empty_pb2.Empty(), READ_TIMEOUT_S)
+        answer: daemon_pb2.DaemonStatus = self._call(self._stub.GetStatus, empty_pb2.Empty(), READ_TIMEOUT_S)
+        return answer
 
     def _call(self, method: Callable[..., Response], request: Any, timeout_s: float) -> Response:  # noqa: ANN401
         try:

@@ -34,6 +34,7 @@ async def abort(context: grpc.aio.ServicerContext[object, object], method: str, 
         message = f"{method}: internal error; the daemon's log has the details, please report it"
         log.error("api_failed", method=method, error=str(error), exc_info=error)
     await context.abort(code, message, ((ANSWERED, __version__),))
+    raise RuntimeError("abort returned")  # it raises; this tells so where grpc's types are not installed
 
 
 def status_message(error: NetfenceError) -> str:

@@ -1,8 +1,8 @@
 """Gets the programs and maps into the kernel, or finds them there: build id, compile child, pins.
 
-Layout of `bpffs_dir`: ``maps/<name>``, ``programs-<build>/<name>``, ``links/<attachment>-<hook>`` (no dots: bpffs allows
-none). The build id is a hash of the BPF sources, of what compiles them and of the map sizes: the same id is taken over
-without compiling. bpffs holds no ordinary files, so ``layout-<build>.json`` stands in `data_dir`. Refuses to know what a
+Layout of `bpffs_dir`: ``maps/<name>``, ``programs-<build>/<name>``, ``links/<attachment>-<hook>`` (without dots).
+The build id is a hash of the BPF sources, of what compiles them and of the map sizes: the same id is taken over without
+compiling. bpffs holds no ordinary files, so ``layout-<build>.json`` stands in `data_dir`. Refuses to know what any
 program does.
 """
 

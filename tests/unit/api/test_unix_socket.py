@@ -33,6 +33,10 @@ def _names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def _bound_below(directory: Path) -> bool:
+    return str(directory) in Path("/proc/net/unix").read_text()
+
+
 async def _answers(path: Path) -> bool:
     async with calling(path) as stub:
         return bool((await stub.GetStatus(empty_pb2.Empty())).version)
@@ -251,6 +255,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     async def test() -> None:
         with pytest.raises(PreconditionError, match="no space left"):
             await serve(FakeDaemon(), tmp_path / "s", None)
+        assert not _bound_below(tmp_path)
 
     run(test())
     assert _names(tmp_path) == []

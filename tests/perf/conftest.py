@@ -1,0 +1,53 @@
+"""Fixtures of the benchmarks: the kernel tests' sandbox and topology, a data plane, everything pinned to one CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for _folder in ("perf", "kernel"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
+
+from harness import sandbox
+from harness.topology import Topology
+from bench_plane import Plane
+from measure import CPU
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sandbox() -> None:
+    sandbox.enter()
+
+
+@pytest.fixture
+def pinned() -> Iterator[int]:
+    """Pin this process, and what it starts, to one CPU."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {CPU})
+    yield CPU
+    os.sched_setaffinity(0, before)
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    made = Topology()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def plane(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    one = Plane(topology, tmp_path_factory.mktemp("plane"))
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def clsact_plane(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
+    one = Plane(topology, tmp_path_factory.mktemp("plane"), tcx=False)
+    yield one
+    one.close()

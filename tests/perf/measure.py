@@ -1,0 +1,87 @@
+"""How everything here is measured: contestants alternate, medians with spread and ratio, one JSON line per result.
+
+Machines are shared and noisy, so only ratios taken in one run count (bench.md). `compare` runs A B A B … for a number of
+rounds; `Result` says "not significant" where the spreads overlap. Lines go to the terminal and to ``report.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FULL = os.environ.get("NETFENCE_PERF", "smoke") == "full"
+ROUNDS = 9 if FULL else 7
+REPORT = Path(__file__).resolve().parents[2] / "report.jsonl"
+CPU = max(os.sched_getaffinity(0))
+"""The CPU that everything measured is pinned to."""
+
+
+@dataclass
+class Series:
+    """What one contestant measured, a value per round."""
+
+    unit: str
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Lower and upper quartile."""
+        low, _, high = statistics.quantiles(self.values, n=4) if len(self.values) > 1 else [self.values[0]] * 3
+        return low, high
+
+
+def overlap(one: Series, other: Series) -> bool:
+    """Tell whether the middle halves of two series overlap: then their difference is not significant."""
+    (low, high), (other_low, other_high) = one.spread, other.spread
+    return low <= other_high and other_low <= high
+
+
+def compare(unit: str, contestants: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, Series]:
+    """Run the contestants in turn, `rounds` times each, after one unmeasured round."""
+    series = {name: Series(unit) for name in contestants}
+    for run in contestants.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            series[name].values.append(run())
+    return series
+
+
+def report(name: str, series: Mapping[str, Series], base: str | None = None, **sizes: object) -> None:
+    """Print a line per contestant and append one JSON line; `base` names whom the ratios are to."""
+    line: dict[str, object] = {"name": name, **_where(), **sizes, "series": {}}
+    told = []
+    for who, values in series.items():
+        low, high = values.spread
+        entry = {**asdict(values), "median": values.median, "quartiles": [low, high]}
+        text = f"{who} {values.median:.4g} {values.unit} ({low:.4g}–{high:.4g})"
+        if base is not None and who != base:
+            ratio = values.median / series[base].median
+            entry["ratio"] = ratio
+            entry["significant"] = not overlap(values, series[base])
+            text += f", {ratio:.3f} of {base}" + ("" if entry["significant"] else ", not significant")
+        assert isinstance(line["series"], dict)
+        line["series"][who] = entry
+        told.append(text)
+    extra = " ".join(f"{key}={value}" for key, value in sizes.items())
+    print(f"\n{name} {extra}: " + "; ".join(told))  # noqa: T201 - the report
+    with REPORT.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _where() -> dict[str, str]:
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"kernel": platform.release(), "cpu": model, "commit": commit, "rounds": str(ROUNDS)}

@@ -1,0 +1,152 @@
+"""TCP connections of clients: framing, garbage, bounds, time-outs (semantics.md 19)."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+
+import pytest
+from dnslib import DNSRecord
+from tests.unit.dns.world import PUBLIC, World, addresses, policy, question, read_framed, run, tcp_exchange, until, world
+
+from netfence.dns import tcp as tcp_module
+from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY
+from netfence.dns.tcp import TcpConnection
+
+ZONE = f"a.org. 300 IN A {PUBLIC}\n"
+
+
+def framed(query: bytes) -> bytes:
+    return struct.pack("!H", len(query)) + query
+
+
+def connections(w: World) -> set[TcpConnection]:
+    return w.server._connections
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\0",
+        b"\0\x0b" + bytes(11),
+        struct.pack("!H", MAX_TCP_QUERY + 1),
+        b"GET / HTTP/1.1\r\n\r\n",
+        framed(question("a.org")[:2] + b"\x81\x80" + question("a.org")[4:]),
+    ],
+    ids=["zero", "below-a-header", "too-long", "http", "response"],
+)
+def test_garbage_closes_the_connection(data: bytes) -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            writer.write(data)
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                await asyncio.wait_for(read_framed(reader), 5)
+            writer.close()
+            await until(lambda: not connections(w))
+
+    run(go())
+
+
+def test_a_query_in_single_octets_is_answered() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            for octet in framed(question("a.org")):
+                writer.write(bytes([octet]))
+                await writer.drain()
+                await asyncio.sleep(0)
+            reply = DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))
+            assert addresses(reply) == [PUBLIC]
+            writer.close()
+
+    run(go())
+
+
+def test_a_half_closed_connection_still_gets_its_answers() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            w.upstream.hold = asyncio.Event()
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            writer.write(framed(question("a.org")))
+            writer.write_eof()
+            await until(lambda: bool(w.upstream.seen))
+            w.upstream.hold.set()
+            assert addresses(DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))) == [PUBLIC]
+            assert await reader.read() == b""
+            writer.close()
+
+    run(go())
+
+
+def test_a_connection_too_many_is_closed_and_the_others_live() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            streams = [await asyncio.open_connection("127.0.0.1", w.server.port) for _ in range(MAX_TCP_CONNECTIONS)]
+            await until(lambda: len(connections(w)) == MAX_TCP_CONNECTIONS)
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            streams[0][1].write(framed(question("a.org")))
+            assert addresses(DNSRecord.parse(await asyncio.wait_for(read_framed(streams[0][0]), 5))) == [PUBLIC]
+            for _, open_writer in streams:
+                open_writer.close()
+            await until(lambda: not connections(w))
+            assert len(await tcp_exchange(w.server.port, question("a.org"))) == 1
+
+    run(go())
+
+
+def test_pipelined_queries_beyond_the_bound_wait() -> None:
+    async def go() -> None:
+        async with world(policy(allow=[".a.org"])) as w:
+            w.upstream.hold = asyncio.Event()
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            total = 3 * MAX_TCP_PIPELINE
+            writer.write(b"".join(framed(question(f"n{n}.a.org", ident=n)) for n in range(total)))
+            await until(lambda: len(w.upstream.seen) == MAX_TCP_PIPELINE)
+            await asyncio.sleep(0.05)
+            assert len(w.upstream.seen) == MAX_TCP_PIPELINE
+            w.upstream.hold.set()
+            replies = [await asyncio.wait_for(read_framed(reader), 5) for _ in range(total)]
+            assert {reply[:2] for reply in replies} == {struct.pack("!H", n) for n in range(total)}
+            writer.close()
+
+    run(go())
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", framed(question("a.org"))[:-1]], ids=["nothing", "prefix", "partial"])
+def test_an_idle_connection_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_module.TcpConnection.__init__, "__defaults__", (0.1,))
+
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            writer.write(sent)
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                await asyncio.wait_for(reader.readexactly(1), 5)
+            writer.close()
+
+    run(go())
+
+
+def test_a_client_that_does_not_read_is_bounded_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_module.TcpConnection.__init__, "__defaults__", (0.3,))
+
+    async def go() -> None:
+        zone = "".join(f"a.org. 600 IN A 93.184.{n // 200}.{n % 200}\n" for n in range(800))
+        async with world(policy(allow=["a.org"]), zone) as w:
+            cut = w.upstream.answer
+            w.upstream.udp = lambda query: [cut(query)[:2] + b"\x83" + cut(query)[3:]][:1]
+            _, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            await until(lambda: bool(connections(w)))
+            (connection,) = connections(w)
+            writer.write(framed(question("a.org")) * 2000)
+            await until(lambda: connection._full)
+            transport = connection._transport
+            assert transport is not None
+            assert transport.get_write_buffer_size() < 131_072 + MAX_TCP_PIPELINE * 65_537
+            await until(lambda: not connections(w))
+            writer.close()
+
+    run(go())
