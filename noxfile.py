@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
@@ -42,17 +43,29 @@ def tool(session: nox.Session, name: str, *args: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style of Python and C, the direction of imports, and that the generated code is what the proto files give."""
-    tool(session, "ruff", "check", ".")
-    tool(session, "ruff", "format", "--check", ".")
-    tool(session, "clang-format", "--dry-run", "-Werror", *BPF_FILES)
-    tool(session, "lint-imports", "--no-logo")
-    python(session, "ci/gen_proto.py", "--check")
+    checks = (
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("clang-format", "--dry-run", "-Werror", *BPF_FILES),
+        ("lint-imports", "--no-logo"),
+        ("python", "ci/gen_proto.py", "--check"),
+    )
+    failed = []
+    for check in checks:  # all of them: one run tells everything
+        try:
+            tool(session, *check)
+        except CommandFailed:
+            failed.append(" ".join(check[:2]))
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
     tool(session, "mypy")
+    # On its own, because two conftest.py cannot both be the module `conftest`.
+    session.run(str(BIN / "mypy"), "tests/perf", external=True, env={"MYPYPATH": "tests/perf"})
 
 
 @nox.session

@@ -28,7 +28,7 @@ from harness import cgroup, sandbox  # noqa: E402  # found through the line abov
 from harness.daemon import PROGRAM, Netfenced  # noqa: E402
 from harness.netns import NetNs  # noqa: E402
 from harness.services import web  # noqa: E402
-from harness.topology import DNS4, METADATA4, NAMESERVER4, Topology  # noqa: E402
+from harness.topology import DNS4, METADATA4, NAMESERVER4, Topology, Workload  # noqa: E402
 from harness.unbound import Unbound  # noqa: E402
 
 README = ROOT / "README.md"
@@ -62,8 +62,8 @@ def normal(session: str) -> str:
 class Shell:
     """Runs commands and keeps what a terminal would have shown."""
 
-    def __init__(self, host: NetNs, vm: NetNs, directory: Path) -> None:
-        self._host, self._vm, self._directory = host, vm, directory
+    def __init__(self, host: NetNs, vm: Workload, directory: Path) -> None:
+        self._host, self._vm, self._directory = host, vm.inside, directory
         self._resolv_conf = directory / "resolv.conf"
         self._resolv_conf.write_text(f"nameserver {DNS4}\noptions attempts:1 timeout:1\n")
         self._env = {
@@ -114,7 +114,6 @@ def session() -> str:
         topology = Topology()
         try:
             workload = topology.add_veth("vm")
-            assert workload.netns is not None
             with (
                 Unbound(topology.internet, directory / "unbound", [NAMESERVER4], RECORDS),
                 web(topology.internet, "203.0.113.80", 80, b"hello\n"),
@@ -122,7 +121,7 @@ def session() -> str:
                 Netfenced(topology.host, directory, policy=yaml.safe_load(POLICY), config=CONFIG) as daemon,
             ):
                 daemon.write_policy(POLICY)
-                shell = Shell(topology.host, workload.netns, directory)
+                shell = Shell(topology.host, workload, directory)
                 shell.vm(f"curl -sS http://{METADATA4}/")
                 shell.host("cat policy.yaml")
                 shell.show("netfenced start --config netfence.yaml --policy policy.yaml &")
@@ -157,7 +156,9 @@ def main() -> int:
         return 1
     text = README.read_text()
     head, begin, rest = text.partition(BEGIN)
-    assert begin, "README.md has no place for the session"
+    if not begin:
+        print("README.md has no place for the session", file=sys.stderr)
+        return 1
     README.write_text(head + BEGIN + now + END + rest.partition(END)[2])
     return 0
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Fresh
 from harness import cgroup, packets, sandbox
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
+from harness.fresh import Fresh
 from harness.netns import NetNs, veth
 from harness.packets import Shape
 from harness.services import tcp_echo, udp_echo, web
@@ -93,9 +93,8 @@ def test_an_agent_runs_where_it_was_put(
     group = cgroups("here")
     with Agent(netns=workload.netns, cgroup=group) as other:
         assert group.pids() == [other.pid]
-        assert workload.netns is not None
         here = Path("/proc", str(other.pid), "ns/net").stat()
-        assert here.st_ino == os.fstat(workload.netns.fd).st_ino
+        assert here.st_ino == os.fstat(workload.inside.fd).st_ino
         assert here.st_ino != Path("/proc/self/ns/net").stat().st_ino
 
 

@@ -81,8 +81,5 @@ def test_libraries_log_the_same_way() -> None:
 def test_a_traceback_is_shown(fmt: str) -> None:
     out = io.StringIO()
     log.set_up("info", fmt, out)
-    try:
-        raise ValueError("the cause")
-    except ValueError:
-        structlog.get_logger().exception("failed")
+    structlog.get_logger().error("failed", exc_info=ValueError("the cause"))
     assert "ValueError: the cause" in out.getvalue()

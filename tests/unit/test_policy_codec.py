@@ -86,7 +86,7 @@ def test_pieces_join_to_one_document(count: int) -> None:
         lambda text: text.replace("ALLOWLIST", "SHUTLIST"),
         lambda text: text.replace('"cidrs"', '"ciders"'),
         lambda text: text.replace('"v": 1', '"v": 2'),
-        lambda text: "[]",
+        lambda _text: "[]",
     ],
     ids=["cut", "cidr", "mode", "key", "version", "shape"],
 )

@@ -51,6 +51,12 @@ class Workload:
     device: TunTap | None = None
     bridged: bool = False
 
+    @property
+    def inside(self) -> NetNs:
+        """The namespace where it runs; a tap or tun has none."""
+        assert self.netns is not None, f"{self.host_if} has no namespace: the test is the VM"
+        return self.netns
+
     def bytes_of(self, shape: Shape, destination: str, tag: Tag) -> bytes:
         """Build the packet of this shape as this workload sends it."""
         source = self.address4 if shape.family == 4 else self.address6

@@ -156,9 +156,9 @@ defualt: 1
         ("default: {mode: [block_all]}", "p.yaml:1: default.mode: must be text, not a list"),
         ("default: {mode: denylist, audit: 'true'}\nx: 1", "p.yaml:1: default.audit: 'true': true or false"),
         ("default: {mode: denylist, dns: {allow: []}}", "p.yaml:1: default.dns.mode: missing"),
-        ("default: {mode: denylist, allow_cidrs: [[]]}", "p.yaml:1: default.allow_cidrs[0]: must be a mapping, not a list"),
-        ("default: {mode: denylist, allow_cidrs: [~]}", "p.yaml:1: default.allow_cidrs[0]: must be a mapping, not nothing"),
-        ("default:\n  mode: denylist\n  dns: {mode: denylist, deny: [{domain: x, include: y}]}", "p.yaml:3: default.dns.deny"),
+        ("default: {mode: denylist, allow_cidrs: [[]]}", "p.yaml:1: default.allow_cidrs[0]: must be a mapping"),
+        ("default: {mode: denylist, allow_cidrs: [~]}", "p.yaml:1: default.allow_cidrs[0]: must be a mapping"),
+        ("default:\n  mode: denylist\n  dns: {mode: denylist, deny: [{domain: x, sub: y}]}", "p.yaml:3: default.dns.deny"),
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip

@@ -41,7 +41,9 @@ def test_everything_knows_its_line() -> None:
     assert [item.line for item in items.items] == [3, 5]
 
 
-@pytest.mark.parametrize("data", [b"", b"\n# only a comment\n", b"---\n", b"~\n"], ids=["", "comment", "marker", "null"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\n# only a comment\n", b"---\n", b"~\n"], ids=["", "comment", "marker", "null"]
+)
 def test_nothing_is_none(data: bytes) -> None:
     assert parse(data, "f") is None
 
@@ -73,7 +75,9 @@ def test_endless_nesting_is_refused_without_a_crash() -> None:
 
 
 def test_a_billion_laughs_cost_nothing() -> None:
-    lines = [b"a0: &a0 [x, x]"] + [b"a%d: &a%d [%s]" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 14)]
+    lines = [b"a0: &a0 [x, x]"] + [
+        b"a%d: &a%d [%s]" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 14)
+    ]
     began = time.monotonic()
     tree = parse(b"\n".join(lines), "f")
     assert time.monotonic() - began < 1

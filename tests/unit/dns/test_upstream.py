@@ -123,7 +123,7 @@ def test_servfail_from_all_is_a_failure_that_names_the_last() -> None:
     run(go())
 
 
-@pytest.mark.parametrize("lie", ["id", "question", "question-type", "not-a-response", "no-question", "empty"])
+@pytest.mark.parametrize("lie", ["id", "question", "question-type", "not-a-response", "no-question", "stump"])
 def test_datagrams_that_do_not_match_are_ignored(lie: str) -> None:
     def lies(honest: bytes) -> bytes:
         if lie == "id":
@@ -136,7 +136,7 @@ def test_datagrams_that_do_not_match_are_ignored(lie: str) -> None:
             return honest[:2] + b"\x01" + honest[3:]
         if lie == "no-question":
             return honest[:4] + b"\0\0" + honest[6:12]
-        return b""
+        return honest[:1]
 
     async def go() -> None:
         upstream, wrong = FakeUpstream(ZONE), FakeUpstream("a.org. 300 IN A 93.184.216.66\n")
