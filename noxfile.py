@@ -35,37 +35,36 @@ def python(session: nox.Session, *args: str, root: bool = False, ok: tuple[int, 
     session.run(*command, external=True, env=env, success_codes=list(ok))
 
 
-def tool(session: nox.Session, name: str, *args: str) -> None:
-    """Run a program of our environment, and never one of the same name elsewhere on PATH."""
-    session.run(str(BIN / name), *args, external=True)
+def run_all(session: nox.Session, *commands: tuple[str, ...], **env: str) -> None:
+    """Run programs of our environment, all of them even if some fail: one run tells everything."""
+    failed = []
+    for name, *args in commands:
+        try:
+            session.run(str(BIN / name), *args, external=True, env=env)
+        except CommandFailed:
+            failed.append(" ".join([name, *args[:2]]))
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style of Python and C, the direction of imports, and that the generated code is what the proto files give."""
-    checks = (
+    run_all(
+        session,
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
         ("clang-format", "--dry-run", "-Werror", *BPF_FILES),
         ("lint-imports", "--no-logo"),
         ("python", "ci/gen_proto.py", "--check"),
     )
-    failed = []
-    for check in checks:  # all of them: one run tells everything
-        try:
-            tool(session, *check)
-        except CommandFailed:
-            failed.append(" ".join(check[:2]))
-    if failed:
-        session.error(f"failed: {', '.join(failed)}")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    tool(session, "mypy")
-    # On its own, because two conftest.py cannot both be the module `conftest`.
-    session.run(str(BIN / "mypy"), "tests/perf", external=True, env={"MYPYPATH": "tests/perf"})
+    # tests/perf on its own, because two conftest.py cannot both be the module `conftest`.
+    run_all(session, ("mypy",), ("mypy", "tests/perf"), MYPYPATH="tests/perf")
 
 
 @nox.session

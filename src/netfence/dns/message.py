@@ -8,12 +8,11 @@ again, so that there is one way to a client. Sources: RFC 1035, RFC 6891 (EDNS),
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from dnslib import AAAA as AAAARecord
 from dnslib import RD as RawData
 from dnslib import RR, DNSRecord
-from dnslib import A as ARecord
 from dnslib.buffer import Buffer
 
 from netfence.dns.answer import HINT_LENGTH, Answer, normal, scan, svcb_head, svcb_params
@@ -26,10 +25,12 @@ from netfence.dns.wire import (
     HEADER,
     HEADER_LEN,
     HTTPS,
+    IN,
     OPT,
     QR,
     RA,
     RD,
+    RECORD,
     RRSIG,
     SVCB,
     TC,
@@ -49,6 +50,7 @@ _LONG = struct.Struct("!I")
 _SHORTS = struct.Struct("!HH")
 _EDE_OPTION = 15
 _MANDATORY = 0
+_OWNER_IS_QUESTION = b"\xc0\x0c"
 
 
 class Ede:
@@ -123,13 +125,14 @@ def upstream_query(key: bytes, *, do: bool, cd: bool) -> bytes:
 
 def from_addresses(query: Query, addresses: Iterable[bytes], ttl_s: int, now: float) -> Answer:
     """Make the answer to `query` of the packed addresses of its family (semantics.md 14: a control plane's `ips`)."""
-    record = _parsed(HEADER.pack(0, QR, 1, 0, 0, 0) + query.question)
-    for address in map(normal, addresses):
-        if query.qtype == A and len(address) == 4:
-            record.add_answer(RR(record.q.qname, A, ttl=ttl_s, rdata=ARecord(tuple(address))))
-        elif query.qtype == AAAA and len(address) == 16:
-            record.add_answer(RR(record.q.qname, AAAA, ttl=ttl_s, rdata=AAAARecord(tuple(address))))
-    return _packed(record, query, now)
+    size = {A: 4, AAAA: 16}.get(query.qtype)
+    records = [
+        _OWNER_IS_QUESTION + RECORD.pack(query.qtype, IN, ttl_s, size) + address
+        for address in map(normal, addresses)
+        if len(address) == size
+    ]
+    raw = HEADER.pack(0, QR, 1, len(records), 0, 0) + query.question + b"".join(records)
+    return scan(raw, len(query.question), query.name, query.qtype, now)
 
 
 def without_opt(query: Query, answer: Answer) -> Answer:
@@ -144,34 +147,27 @@ def cut(query: Query, answer: Answer, stay: frozenset[bytes]) -> Answer:
     whole), and so do the signatures over what changed. Raises WireError when dnslib cannot read the message.
     """
     gone = answer.special - stay
-    record = _parsed(answer.raw)
-    changed: set[tuple[str, int]] = set()
-    record.rr = _filtered(record.rr, gone, changed)
-    record.auth = _filtered(record.auth, gone, changed)
-    record.ar = _filtered(record.ar, gone, changed)
-    for section in (record.rr, record.auth, record.ar):
-        section[:] = [rr for rr in section if not _signs(rr, changed)]
-    if changed:
-        record.header.ad = 0
-    return _packed(record, query, answer.received)
-
-
-def _parsed(data: bytes) -> DNSRecord:
-    try:
-        return DNSRecord.parse(data)
-    except Exception as error:  # dnslib lets struct, index and value errors through: all mean "cannot be read"
-        raise WireError(f"unreadable to dnslib: {type(error).__name__}") from None
-
-
-def _packed(record: DNSRecord, query: Query, received: float) -> Answer:
-    record.header.a, record.header.auth, record.header.ar = len(record.rr), len(record.auth), len(record.ar)
-    try:
+    with _dnslib():
+        record = DNSRecord.parse(answer.raw)
+        changed: set[tuple[str, int]] = set()
+        sections = [_filtered(section, gone, changed) for section in (record.rr, record.auth, record.ar)]
+        record.rr, record.auth, record.ar = ([rr for rr in rrs if not _signs(rr, changed)] for rrs in sections)
+        record.header.a, record.header.auth, record.header.ar = len(record.rr), len(record.auth), len(record.ar)
+        if changed:
+            record.header.ad = 0
         raw = bytes(record.pack())
-    except Exception as error:  # as above
-        raise WireError(f"cannot be packed by dnslib: {type(error).__name__}") from None
-    if raw[HEADER_LEN : HEADER_LEN + len(query.question) - 4].lower() != query.key[:-4]:
+    if raw[HEADER_LEN : HEADER_LEN + len(query.key) - 4].lower() != query.key[:-4]:
         raise WireError("dnslib changed the question")
-    return scan(raw, len(query.question), query.name, query.qtype, received)
+    return scan(raw, len(query.question), query.name, query.qtype, answer.received)
+
+
+@contextmanager
+def _dnslib() -> Iterator[None]:
+    """Make a WireError of whatever dnslib raises: its own errors, and struct, index, value and recursion errors."""
+    try:
+        yield
+    except Exception as error:
+        raise WireError(f"{type(error).__name__} in dnslib") from None
 
 
 def _filtered(section: Sequence[RR], gone: frozenset[bytes], changed: set[tuple[str, int]]) -> list[RR]:
