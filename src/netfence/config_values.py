@@ -234,7 +234,7 @@ def listen_addr(value: object) -> str:
     is_cidr = "/" in text
     key = parse_cidr(text) if is_cidr else parse_address(text) + b"\xff"
     address, host_bits = key[:-1], bits_of(len(key) - 1) - key[-1]
-    if not any(address) or (is_cidr and key[-1] == 0):
+    if not any(address):
         raise ValueError("a wildcard; allowed is one address of this host that the workloads reach, or a CIDR")
     if len(address) == 4 and (address[0] == 0 or address[0] >= 224):
         raise ValueError("not an address of a host; allowed is an address that the workloads reach, or a CIDR")

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from netfence.dataplane import probe, rawprog
 from netfence.dataplane.rawprog import ProgType
 
@@ -26,6 +28,9 @@ TCX_NEXT, TC_ACT_SHOT = -1, 2
 PORT = 9
 HOST_IP, WORKLOAD_IP = "10.91.0.1", "10.91.0.2"
 DEADLINE_S = 5.0
+needs_tcx = pytest.mark.skipif(
+    probe.kernel_version() < (6, 6), reason="waits for Linux 6.6, which brought tcx; on later kernels it must work"
+)
 SILENCE_S = 0.15  # a veth delivers in the sender's own softirq: what has not come by then does not come
 
 _libc = ctypes.CDLL(None, use_errno=True)

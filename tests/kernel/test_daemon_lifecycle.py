@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
-from conftest import Fresh
 
+from conftest import Fresh
+from daemons import Fenced, Start, starting
 from harness.agent import Agent
 from harness.cgroup import Cgroup
-from harness.daemon import Netfenced, host_port
+from harness.daemon import host_port
 from harness.deadline import wait_for
 from harness.packets import UDP4, UDP6
 from harness.topology import DNS4, Topology, Workload
 from harness.unbound import Unbound
 from netfence.api.client import RefusedError
 from netfence.policy.modes import Mode, Reason
-from netfence.v1 import daemon_pb2, types_pb2
+from netfence.v1 import daemon_pb2, daemon_pb2_grpc, types_pb2
 
 OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
 OPEN: dict[str, Any] = {"default": {"mode": "disabled"}}
 BLOCK: dict[str, Any] = {"default": {"mode": "block_all"}}
 
 
+@pytest.fixture(scope="module")
+def daemon(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fenced]:
+    """Give a daemon that lives as long as the test module; a test detaches what it attached."""
+    with Fenced(topology, tmp_path_factory.mktemp("netfenced")) as running:
+        yield running
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Give a function that starts daemons of a test's own."""
+    with starting(tmp_path) as start:
+        yield start
+
+
 def allow(*cidrs: str) -> dict[str, Any]:
     return {"default": {"mode": "allowlist", "allow_cidrs": list(cidrs), "dns": {"mode": "disabled"}}}
 
 
-def refusal(daemon: Netfenced, **target: Any) -> str:
+def refusal(daemon: Fenced, **target: Any) -> str:
     with pytest.raises(RefusedError) as raised:
         daemon.attach(**target)
     return str(raised.value)
@@ -44,7 +58,7 @@ def refusal(daemon: Netfenced, **target: Any) -> str:
 # -- attach, list, detach ----------------------------------------------------------------------------------------------
 
 
-def test_an_interface_is_fenced_until_it_is_detached(daemon: Netfenced, topology: Topology, workload: Workload) -> None:
+def test_an_interface_is_fenced_until_it_is_detached(daemon: Fenced, topology: Topology, workload: Workload) -> None:
     daemon.set_policy(allow(f"{OUTSIDE4}/32"))
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
     attached = daemon.attach(interface=workload.host_if, metadata={"tenant": "acme"})
@@ -65,13 +79,17 @@ def test_an_interface_is_fenced_until_it_is_detached(daemon: Netfenced, topology
 
 
 def test_a_cgroup_is_fenced_until_it_is_detached(
-    daemon: Netfenced, topology: Topology, cgroups: Callable[[str], Cgroup]
+    daemon: Fenced, topology: Topology, cgroups: Callable[[str], Cgroup]
 ) -> None:
     daemon.set_policy(allow(f"{OUTSIDE4}/32"))
     group = cgroups("box")
     attached = daemon.attach(cgroup=group)
     info = daemon.info(attached.id)
-    assert (info.target, info.type, info.attach_mechanism) == (str(group.path), types_pb2.ATTACHMENT_TYPE_CGROUP, "cgroup-link")
+    assert (info.target, info.type, info.attach_mechanism) == (
+        str(group.path),
+        types_pb2.ATTACHMENT_TYPE_CGROUP,
+        "cgroup-link",
+    )
     with Agent(netns=topology.host, cgroup=group) as agent:
         agent.udp().sendto(b"x", (OUTSIDE4, 9))
         with pytest.raises(PermissionError):
@@ -81,7 +99,7 @@ def test_a_cgroup_is_fenced_until_it_is_detached(
         agent.udp(socket.AF_INET6).sendto(b"x", (OUTSIDE6, 9))
 
 
-def test_the_command_line_does_it_all(daemon: Netfenced, workload: Workload) -> None:
+def test_the_command_line_does_it_all(daemon: Fenced, workload: Workload) -> None:
     daemon.set_policy(BLOCK)
     made = daemon.cli_json("attach", "--interface", workload.host_if, "--metadata", "tenant=acme,vm=7")
     (listed,) = daemon.cli_json("list", "--all")["attachments"]
@@ -98,7 +116,7 @@ def test_the_command_line_does_it_all(daemon: Netfenced, workload: Workload) -> 
 
 
 def test_names_open_addresses_and_queries_are_counted(
-    daemon: Netfenced, topology: Topology, workload: Workload, agent: Agent, names: Unbound
+    daemon: Fenced, topology: Topology, workload: Workload, agent: Agent, names: Unbound
 ) -> None:
     names.replace([f"good.test. 300 IN A {OUTSIDE4}", f"bad.test. 300 IN A {OUTSIDE4}"])
     daemon.set_policy({"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow": ["good.test"]}}})
@@ -116,7 +134,7 @@ def test_names_open_addresses_and_queries_are_counted(
     daemon.detach(attached.id)
 
 
-def test_a_second_attach_of_the_same_target_is_refused(daemon: Netfenced, workload: Workload) -> None:
+def test_a_second_attach_of_the_same_target_is_refused(daemon: Fenced, workload: Workload) -> None:
     attached = daemon.attach(interface=workload.host_if)
     said = refusal(daemon, interface=workload.host_if)
     assert said == f"attach to {workload.host_if}: it is attached already, as {attached.id}; detach it first"
@@ -124,7 +142,7 @@ def test_a_second_attach_of_the_same_target_is_refused(daemon: Netfenced, worklo
     daemon.detach(daemon.attach(interface=workload.host_if).id)
 
 
-def test_of_two_that_attach_one_target_at_once_one_wins(daemon: Netfenced, workload: Workload) -> None:
+def test_of_two_that_attach_one_target_at_once_one_wins(daemon: Fenced, workload: Workload) -> None:
     def one(_number: int) -> str:
         try:
             return daemon.attach(interface=workload.host_if).id
@@ -139,7 +157,7 @@ def test_of_two_that_attach_one_target_at_once_one_wins(daemon: Netfenced, workl
     daemon.detach(won[0])
 
 
-def test_each_attachment_has_slot_port_and_policy_of_its_own(daemon: Netfenced, topology: Topology) -> None:
+def test_each_attachment_has_slot_port_and_policy_of_its_own(daemon: Fenced, topology: Topology) -> None:
     left, right = topology.add_veth(), topology.add_veth()
     rule = {"match": {"interface": left.host_if}, "mode": "disabled"}
     daemon.set_policy({"attachments": [rule], **BLOCK})
@@ -155,7 +173,7 @@ def test_each_attachment_has_slot_port_and_policy_of_its_own(daemon: Netfenced, 
 
 
 def test_a_changed_file_is_in_force_without_being_asked_for(
-    daemon: Netfenced, topology: Topology, workload: Workload
+    daemon: Fenced, topology: Topology, workload: Workload
 ) -> None:
     daemon.set_policy(BLOCK)
     attached = daemon.attach(interface=workload.host_if)
@@ -168,14 +186,16 @@ def test_a_changed_file_is_in_force_without_being_asked_for(
 
 
 def test_a_file_with_errors_changes_nothing_and_all_of_them_are_logged(
-    daemon: Netfenced, topology: Topology, workload: Workload
+    daemon: Fenced, topology: Topology, workload: Workload
 ) -> None:
     daemon.set_policy(OPEN)
     attached = daemon.attach(interface=workload.host_if)
     known = len(daemon.events("policy_file_refused"))
     daemon.write_policy("default:\n  mode: block_al\n  allow_cidrs: [10.0.0.0/33]\n")
     wait_for(lambda: len(daemon.events("policy_file_refused")) > known, "the file to be refused")
-    assert [entry["error"].removeprefix(str(daemon.policy_file)) for entry in daemon.events("policy_file_error")[-2:]] == [
+    assert [
+        entry["error"].removeprefix(str(daemon.policy_file)) for entry in daemon.events("policy_file_error")[-2:]
+    ] == [
         ":2: default.mode: 'block_al': one of disabled, allowlist, block_all, denylist",
         ":3: default.allow_cidrs[0]: '10.0.0.0/33' is not a CIDR: the prefix length must be a decimal number from 0 to 32",
     ]
@@ -185,14 +205,14 @@ def test_a_file_with_errors_changes_nothing_and_all_of_them_are_logged(
     daemon.detach(attached.id)
 
 
-def test_sighup_reads_the_file_again(daemon: Netfenced) -> None:
+def test_sighup_reads_the_file_again(daemon: Fenced) -> None:
     known = len(daemon.events("policy_file_loaded"))
     daemon.hang_up()
     wait_for(lambda: len(daemon.events("policy_file_loaded")) > known, "the file to be read again")
 
 
 def test_without_a_rule_that_matches_everything_is_blocked(
-    daemon: Netfenced, topology: Topology, workload: Workload
+    daemon: Fenced, topology: Topology, workload: Workload
 ) -> None:
     daemon.set_policy({"attachments": [{"match": {"interface": "other*"}, "mode": "disabled"}]})
     attached = daemon.attach(interface=workload.host_if)
@@ -201,7 +221,7 @@ def test_without_a_rule_that_matches_everything_is_blocked(
     daemon.detach(attached.id)
 
 
-def test_a_ttl_keeps_running_while_other_rules_change(fresh: Fresh) -> None:
+def test_a_ttl_keeps_running_while_other_rules_change(fresh: Fresh, start: Start) -> None:
     topology = fresh.topology()
     workload = topology.add_veth()
     entry: dict[str, Any] = {
@@ -210,19 +230,18 @@ def test_a_ttl_keeps_running_while_other_rules_change(fresh: Fresh) -> None:
         "allow_cidrs": [{"cidr": OUTSIDE4, "ttl": "2s"}],
         "dns": {"mode": "disabled"},
     }
-    daemon = fresh.daemon(topology, policy={"attachments": [entry]})
+    daemon = start(topology, policy={"attachments": [entry]})
     daemon.attach(interface=workload.host_if)
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
     for number in range(5):
-        daemon.write_policy(f'{{"attachments": [{__import__("json").dumps(entry)}], "default": {{"mode": "block_all"}}}}\n#{number}')
-        wait_for(lambda want=number + 2: len(daemon.events("policy_file_loaded")) >= want, "the file to be read")
+        daemon.set_policy({"attachments": [entry, {"match": {"interface": f"x{number}"}, "mode": "disabled"}]})
     wait_for(lambda: topology.arrived(workload, UDP4, OUTSIDE4, count=1) == 0, "the TTL to end", 4)
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_deleted_interface_is_cleaned_up_within_a_second(daemon: Netfenced, topology: Topology) -> None:
+def test_a_deleted_interface_is_cleaned_up_within_a_second(daemon: Fenced, topology: Topology) -> None:
     workload = topology.add_veth()
     attached = daemon.attach(interface=workload.host_if)
     topology.host.ip(f"link del {workload.host_if}")
@@ -230,12 +249,11 @@ def test_a_deleted_interface_is_cleaned_up_within_a_second(daemon: Netfenced, to
     wait_for(lambda: not daemon.link_pins(), "its pins to go", 1.0)
     with pytest.raises(RefusedError, match="no attachment"):
         daemon.detach(attached.id)
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)), topology.host.inside():
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
-            sock.bind(attached.dns)  # its DNS port is free again
+    with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        sock.bind(attached.dns)  # its DNS port is free again
 
 
-def test_an_interface_moved_to_another_namespace_is_cleaned_up(daemon: Netfenced, topology: Topology) -> None:
+def test_an_interface_moved_to_another_namespace_is_cleaned_up(daemon: Fenced, topology: Topology) -> None:
     workload = topology.add_veth()
     daemon.attach(interface=workload.host_if)
     topology.host.ip(f"link set {workload.host_if} netns {topology.internet.path}")
@@ -244,7 +262,7 @@ def test_an_interface_moved_to_another_namespace_is_cleaned_up(daemon: Netfenced
     topology.internet.ip(f"link del {workload.host_if}")
 
 
-def test_a_removed_cgroup_is_cleaned_up(daemon: Netfenced, cgroups: Callable[[str], Cgroup]) -> None:
+def test_a_removed_cgroup_is_cleaned_up(daemon: Fenced, cgroups: Callable[[str], Cgroup]) -> None:
     group = cgroups("short")
     daemon.attach(cgroup=group)
     group.remove()
@@ -252,11 +270,13 @@ def test_a_removed_cgroup_is_cleaned_up(daemon: Netfenced, cgroups: Callable[[st
     wait_for(lambda: not daemon.link_pins(), "its pins to go", 1.0)
 
 
-def test_a_rename_keeps_the_attachment(daemon: Netfenced, topology: Topology) -> None:
+def test_a_rename_keeps_the_attachment(daemon: Fenced, topology: Topology) -> None:
     workload = topology.add_veth()
     daemon.set_policy(BLOCK)
     attached = daemon.attach(interface=workload.host_if)
-    topology.host.ip(f"link set {workload.host_if} down", f"link set {workload.host_if} name other7", "link set other7 up")
+    topology.host.ip(
+        f"link set {workload.host_if} down", f"link set {workload.host_if} name other7", "link set other7 up"
+    )
     wait_for(lambda: daemon.info(attached.id).target == "other7", "the new name")
     daemon.set_policy({"attachments": [{"match": {"interface": "other*"}, "mode": "denylist"}]})
     assert daemon.info(attached.id).mode == Mode.DENYLIST
@@ -264,10 +284,10 @@ def test_a_rename_keeps_the_attachment(daemon: Netfenced, topology: Topology) ->
     daemon.detach(attached.id)
 
 
-def test_a_new_interface_of_the_old_name_is_a_new_target(daemon: Netfenced, topology: Topology) -> None:
-    topology.host.ip("link add again0 type dummy", "link set again0 up")
+def test_a_new_interface_of_the_old_name_is_a_new_target(daemon: Fenced, topology: Topology) -> None:
+    topology.host.ip("link add again0 type veth peer name again1", "link set again0 up")
     first = daemon.attach(interface="again0", direction="workload")
-    topology.host.ip("link del again0", "link add again0 type dummy")
+    topology.host.ip("link del again0", "link add again0 type veth peer name again1")
     wait_for(lambda: not daemon.attachments(), "the first to go", 1.0)
     second = daemon.attach(interface="again0", direction="workload")
     assert second.id != first.id
@@ -275,9 +295,9 @@ def test_a_new_interface_of_the_old_name_is_a_new_target(daemon: Netfenced, topo
     topology.host.ip("link del again0")
 
 
-def test_a_thousand_targets_need_no_thousand_waits(daemon: Netfenced, topology: Topology) -> None:
+def test_a_thousand_targets_need_no_thousand_waits(daemon: Fenced, topology: Topology) -> None:
     count = 60
-    topology.host.ip(*[f"link add many{number} type dummy" for number in range(count)])
+    topology.host.ip(*[f"link add many{number} type veth peer name peer{number}" for number in range(count)])
     for number in range(count):
         daemon.attach(interface=f"many{number}", direction="workload")
     assert len(daemon.attachments()) == count
@@ -289,54 +309,39 @@ def test_a_thousand_targets_need_no_thousand_waits(daemon: Netfenced, topology: 
 # -- roll-back ---------------------------------------------------------------------------------------------------------
 
 
-def descriptors(daemon: Netfenced) -> int:
-    return len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - descriptors, not files
-
-
-def rows(daemon: Netfenced) -> int:
-    return len(daemon.attachments())
-
-
-def test_a_caller_that_hangs_up_leaves_nothing_half_done(daemon: Netfenced, workload: Workload) -> None:
+def test_a_caller_that_hangs_up_leaves_nothing_half_done(daemon: Fenced, workload: Workload) -> None:
     """Attach again and again with callers that die after a random moment; all are rolled back or whole."""
-    request = ["attach", "--interface", workload.host_if]
     daemon.detach(daemon.attach(interface=workload.host_if).id)
-    before = descriptors(daemon)
-    for delay_s in (0.16, 0.18, 0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 0.26, 0.28, 0.3):
-        runner = threading.Thread(
-            target=daemon.netns.run,
-            args=("timeout", "-s", "KILL", str(delay_s), "netfenced-not-used"),
-            kwargs={"check": False},
+    before = daemon.descriptors()
+    for delay_ms in range(0, 40, 2):
+        _hang_up_while_attaching(daemon, workload.host_if, delay_ms / 1000)
+        wait_for(
+            lambda: daemon.link_pins() == [] or len(daemon.attachments()) == 1, "the attach to be whole or nothing"
         )
-        del runner
-        daemon.netns.run(
-            "timeout", "-s", "KILL", str(delay_s), str(_program()), "--socket", str(daemon.socket), *request, check=False
-        )
-        wait_for(lambda: _whole_or_nothing(daemon), "the attach to be whole or nothing")
         for info in daemon.attachments():
             daemon.detach(info.id)
     assert daemon.link_pins() == []
-    wait_for(lambda: descriptors(daemon) <= before + 1, "its descriptors to be closed")
+    wait_for(lambda: daemon.descriptors() <= before + 1, "its descriptors to be closed")
+    daemon.detach(daemon.attach(interface=workload.host_if).id)
 
 
-def _program() -> Path:
-    from harness.daemon import PROGRAM  # noqa: PLC0415
+def _hang_up_while_attaching(daemon: Fenced, interface: str, after_s: float) -> None:
+    with grpc.insecure_channel(f"unix:{daemon.socket}") as channel:
+        call = daemon_pb2_grpc.DaemonServiceStub(channel).Attach.future(
+            daemon_pb2.AttachRequest(interface_name=interface), wait_for_ready=True
+        )
+        threading.Event().wait(after_s)
+        call.cancel()
 
-    return PROGRAM
 
-
-def _whole_or_nothing(daemon: Netfenced) -> bool:
-    return len(daemon.link_pins()) == len(daemon.attachments()) * 2
-
-
-def test_a_failed_attach_leaves_no_port_pin_row_or_descriptor(fresh: Fresh) -> None:
+def test_a_failed_attach_leaves_no_port_pin_row_or_descriptor(fresh: Fresh, start: Start) -> None:
     topology = fresh.topology()
     workload = topology.add_veth()
     port = 12000
-    daemon = fresh.daemon(topology, config={"dns": {"port_min": port, "port_max": port}})
+    daemon = start(topology, config={"dns": {"port_min": port, "port_max": port}})
     spare = topology.add_veth()
     daemon.detach(daemon.attach(interface=workload.host_if).id)
-    before = descriptors(daemon)
+    before = daemon.descriptors()
     with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as taken:
         taken.bind((DNS4, port))
         said = refusal(daemon, interface=workload.host_if)
@@ -348,29 +353,27 @@ def test_a_failed_attach_leaves_no_port_pin_row_or_descriptor(fresh: Fresh) -> N
     assert "none free" in refusal(daemon, interface=spare.host_if)
     assert topology.arrived(spare, UDP4, OUTSIDE4) == 3
     daemon.detach(attached.id)
-    wait_for(lambda: descriptors(daemon) <= before, "its descriptors to be closed")
-    assert errno.EADDRINUSE  # the reason meant above
+    wait_for(lambda: daemon.descriptors() <= before, "its descriptors to be closed")
 
 
 # -- where DNS listens -------------------------------------------------------------------------------------------------
 
 
-def test_loopback_dns_of_an_interface_is_warned_about(fresh: Fresh) -> None:
+def test_loopback_dns_of_an_interface_is_warned_about(fresh: Fresh, start: Start) -> None:
     topology = fresh.topology()
     workload = topology.add_veth()
-    daemon = fresh.daemon(topology, config={"dns": {"listen_addr": "127.0.0.1"}})
+    daemon = start(topology, config={"dns": {"listen_addr": "127.0.0.1"}})
     daemon.attach(interface=workload.host_if)
     assert "set dns.listen_addr to an address of this host" in daemon.wait_event("dns_on_loopback")["remedy"]
 
 
 @pytest.mark.parametrize("network", ["127.53.0.0/24", "169.254.100.0/24", "fd00:53::/64"])
-def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, network: str, names: Unbound) -> None:
+def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, start: Start, network: str) -> None:
     topology = fresh.topology()
-    upstream = fresh.names(topology, f"good.test. 300 IN A {OUTSIDE4}")
-    del names, upstream
+    fresh.names(topology, f"good.test. 300 IN A {OUTSIDE4}")
     workloads = [topology.add_veth(), topology.add_veth()]
     policy = {"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow": ["good.test"]}}}
-    daemon = fresh.daemon(topology, policy=policy, config={"dns": {"listen_addr": network}})
+    daemon = start(topology, policy=policy, config={"dns": {"listen_addr": network}})
     interfaces = topology.host.interfaces()
     attached = [daemon.attach(interface=each.host_if) for each in workloads]
     assert {each.dns[1] for each in attached} == {53}
@@ -388,10 +391,10 @@ def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, network: s
 # -- start and stop ----------------------------------------------------------------------------------------------------
 
 
-def test_stopping_with_detach_takes_the_fences_off(fresh: Fresh) -> None:
+def test_stopping_with_detach_takes_the_fences_off(fresh: Fresh, start: Start) -> None:
     topology = fresh.topology()
     workload = topology.add_veth()
-    daemon = fresh.daemon(topology, config={"enforcement": {"on_shutdown": "detach"}})
+    daemon = start(topology, config={"enforcement": {"on_shutdown": "detach"}})
     daemon.attach(interface=workload.host_if)
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
     assert daemon.stop() == 0
@@ -402,31 +405,29 @@ def test_stopping_with_detach_takes_the_fences_off(fresh: Fresh) -> None:
     assert daemon.attachments() == []
 
 
-def test_systemd_is_told(fresh: Fresh, tmp_path: Path) -> None:
+def test_systemd_is_told(fresh: Fresh, start: Start, tmp_path: Path) -> None:
     topology = fresh.topology()
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(10)
-        daemon = fresh.daemon(topology, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        daemon = start(topology, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
         assert manager.recv(100).splitlines()[0] == b"READY=1"
         assert daemon.stop() == 0
         assert manager.recv(100) == b"STOPPING=1"
 
 
-def test_an_idle_daemon_is_small(daemon: Netfenced) -> None:
+def test_an_idle_daemon_is_small(daemon: Fenced) -> None:
     status = Path(f"/proc/{daemon.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
     assert int(line.split()[1]) <= 90 * 1024
 
 
 def test_raw_senders_in_a_cgroup_are_told_at_attach(
-    daemon: Netfenced, topology: Topology, cgroups: Callable[[str], Cgroup]
+    daemon: Fenced, topology: Topology, cgroups: Callable[[str], Cgroup]
 ) -> None:
     group = cgroups("raw")
     with Agent(netns=topology.host, cgroup=group) as agent:
         attached = daemon.attach(cgroup=group)
-        warned = wait_for(
-            lambda: [entry for entry in daemon.events("raw_senders") if entry["attachment"] == attached.id], "the warning"
-        )
+        warned = wait_for(lambda: daemon.own_events("raw_senders", attached.id), "the warning")
         assert warned[0]["pids"] == [agent.pid]
         daemon.detach(attached.id)

@@ -23,6 +23,7 @@ from hooktools import (
     fenced_pair,
     in_cgroup,
     inside_netns,
+    needs_tcx,
     program,
     run,
 )
@@ -48,10 +49,6 @@ try:
     socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("127.0.0.1", 9)); print("connected")
 except PermissionError: print("refused")
 """
-
-needs_tcx = pytest.mark.skipif(
-    probe.kernel_version() < (6, 6), reason="waits for Linux 6.6, which brought tcx; on later kernels it must work"
-)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from hooktools import TC_ACT_SHOT, TCX_NEXT, bpffs, cgroup, inside_netns, program, run, until
+from hooktools import TC_ACT_SHOT, TCX_NEXT, bpffs, cgroup, inside_netns, needs_tcx, program, run, until
 from netfence.dataplane import links, rawprog
 from netfence.dataplane.links import AttachType, LinkType
 from netfence.dataplane.rawprog import Helper, ProgType
@@ -56,6 +56,7 @@ def test_same_code_has_the_same_tag_and_other_code_another() -> None:
             os.close(found)
 
 
+@needs_tcx
 def test_tcx_link_facts_order_and_update() -> None:
     with inside_netns(), program(TCX_NEXT) as first, program(TCX_NEXT) as second, program(TC_ACT_SHOT) as third:
         run("ip link add h0 type veth peer name w0")
@@ -118,19 +119,19 @@ def test_cgroup_link_says_the_inode_as_its_cgroup() -> None:
 
 
 def test_release_pin_detaches_even_what_somebody_else_holds() -> None:
-    with bpffs() as directory, inside_netns(), program(TC_ACT_SHOT) as prog_fd:
-        run("ip link add h0 type veth peer name w0")
-        index = socket.if_nametoindex("h0")
-        link_fd = links.link_create_tcx(prog_fd, index, AttachType.TCX_INGRESS)
+    with bpffs() as directory, cgroup() as path, program(1, ProgType.CGROUP_SKB, EGRESS) as prog_fd:
+        cgroup_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        link_fd = links.link_create_cgroup(prog_fd, cgroup_fd, EGRESS)
         try:
             links.obj_pin(link_fd, directory / "l")
-            assert links.prog_query_tcx(index, AttachType.TCX_INGRESS) != []
+            assert links.prog_query_cgroup(cgroup_fd, EGRESS) != []
             assert links.release_pin(directory / "l") is True
-            assert links.prog_query_tcx(index, AttachType.TCX_INGRESS) == []
+            assert links.prog_query_cgroup(cgroup_fd, EGRESS) == []
             assert links.release_pin(directory / "l") is False
             assert links.pinned_link_info(directory / "l") is None
         finally:
             os.close(link_fd)
+            os.close(cgroup_fd)
 
 
 @pytest.mark.parametrize("code", [0, 2, -1])

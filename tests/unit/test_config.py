@@ -296,6 +296,13 @@ def test_values_that_do_not_go_together(tmp_path: Path, environ: dict[str, str],
     assert faults_of(tmp_path, environ=environ) == [fault]
 
 
+def test_what_goes_together_is_not_judged_by_a_value_that_was_refused(tmp_path: Path) -> None:
+    environ = {"NETFENCE_DNS__PORT_MIN": "x", "NETFENCE_DNS__PORT_MAX": "5"}
+    assert faults_of(tmp_path, environ=environ) == [
+        "environment NETFENCE_DNS__PORT_MIN: dns.port_min: 'x': allowed is a number from 1 to 65535"
+    ]
+
+
 @pytest.mark.parametrize(
     "environ",
     [

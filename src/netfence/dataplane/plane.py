@@ -88,6 +88,10 @@ class DataPlane:
         self._endpoints: dict[int, bytes] = {}
         self.features: Mapping[str, str] = probe.features(bpffs_dir)
         self.kernel_release = os.uname().release
+        self._dirty: set[int] = set()
+        for slot in range(1, layout.constants["SLOTS"]):
+            # Before any index is made ready: what a daemon before us put in force must not be emptied.
+            self._rules.claim(SlotWord.decode(self.config.word(slot), layout).index)
         self._write_word(0, SlotWord(mode=start_mode))
 
     @classmethod
@@ -134,9 +138,15 @@ class DataPlane:
         self._free.discard(slot)
 
     def free_slot(self, slot: int) -> None:
-        """Give a slot back whose attachment is detached (or never was attached)."""
+        """Give a slot back whose attachment is detached (or never was attached).
+
+        One that could not be cleared stays taken: the next attachment would inherit its leases.
+        """
         self._slots.pop(slot, None)
-        self._free.add(slot)
+        if slot in self._dirty:
+            log.error("slot_not_cleared", slot=slot, effect="it stays taken until the daemon starts again")
+        else:
+            self._free.add(slot)
 
     # -- attach and detach ------------------------------------------------------------------------------------------
 
@@ -165,8 +175,6 @@ class DataPlane:
     async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
         """Take over what a daemon before us attached; False when a hook was gone and had to be put back."""
         state = self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
-        if state.index:
-            self._rules.claim(state.index)
         self._write_maps(slot, static, word=False)
         if isinstance(target, CgroupTarget):
             whole = await self._run(lambda: self._hooks.cgroup_attached(target, name))
@@ -186,7 +194,7 @@ class DataPlane:
         pending = self._inbound_hooks.pop(name, None)
         if pending is not None:
             await asyncio.wait([pending])
-        state = self._slots.get(slot, SlotWord())
+        index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
         if isinstance(target, CgroupTarget):
             # Storage outlives the links and would come back with the next attach: back to start_mode first.
             await self._run(lambda: self._set_cgroup(target, 0))
@@ -195,10 +203,11 @@ class DataPlane:
             await self._run(lambda: self._hooks.detach_interface(target, name))
             if self._interface_slot(target.ifindex) == slot:
                 self._set_interface(target.ifindex, 0)
-        await self._run(lambda: self._clear(slot))
         self._slots[slot] = SlotWord(mode=self._start_mode)
-        if state.index:
-            self._give_back(state.index)
+        self._write_word(slot, self._slots[slot])
+        await self._run(lambda: self._clear(slot))
+        if index:
+            self._give_back(index)
 
     async def close(self, *, detach: bool) -> None:
         """Let go; with `detach` remove every pin and map, else everything stays in force in the kernel."""
@@ -315,6 +324,7 @@ class DataPlane:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _write_maps(self, slot: int, static: Static, *, word: bool = True) -> None:
+        self._dirty.add(slot)
         if word:
             self._write_word(slot, self._slots[slot])
         self.config.write(slot, static)
@@ -332,6 +342,7 @@ class DataPlane:
         self._counters.clear(slot)
         self.config.clear(slot)
         self._longest.pop(slot, None)
+        self._dirty.discard(slot)
 
     def _interface_map(self, ifindex: int) -> str:
         return "if_slot" if ifindex < self._loaded.layout.constants["DIRECT_IFINDEX"] else "if_slot_far"

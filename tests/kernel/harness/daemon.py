@@ -89,37 +89,32 @@ class Netfenced:
         self._close = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._cgroup: Cgroup | None = None
-        self._interfaces: set[str] = set()
+        self._dummies: set[str] = set()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._close.__enter__()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._close.enter_context(sandbox.bpffs(self.bpffs))
-        self._cgroup = Cgroup(f"netfenced-{id(self):x}")
-        self._close.callback(self._cgroup.remove)
-        self._interfaces = self.netns.interfaces()
-        if self._policy is not None:
-            self.policy_file.write_text(yaml.safe_dump(dict(self._policy)))
-        self.write_config(self._config)
-        self.running.append(self)
-        self._close.callback(self.running.remove, self)
-        try:
+        with ExitStack() as stack:  # undone at once if the daemon does not start
+            self.directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sandbox.bpffs(self.bpffs))
+            self._cgroup = Cgroup(f"netfenced-{id(self):x}")
+            stack.callback(self._cgroup.remove)
+            self._dummies = self._dummy_interfaces()
+            if self._policy is not None:
+                self.policy_file.write_text(yaml.safe_dump(dict(self._policy)))
+            self.write_config(self._config)
+            self.running.append(self)
+            stack.callback(self.running.remove, self)
+            stack.callback(self.kill)
             self.start()
-        except BaseException:
-            self._close.close()
-            raise
+            self._close = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._close:
-            if kind is not None:  # the test has failed already: clean up, do not judge
-                self.kill()
-                return
-            if self.alive:
+            if kind is None and self.alive:  # a test that has failed already is not judged once more
                 for info in self.attachments():
                     self.detach(info.id)
                 status = self.stop()
@@ -330,12 +325,15 @@ class Netfenced:
         links = self.pins / "links"
         return sorted(entry.name for entry in links.iterdir()) if links.exists() else []
 
+    def _dummy_interfaces(self) -> set[str]:
+        """Name the interfaces of the only kind that netfenced makes (for a CIDR as dns.listen_addr)."""
+        return {str(link["ifname"]) for link in self.netns.ip_json("link", "show", "type", "dummy")}
+
     def leftovers(self) -> dict[str, Any]:
         """Tell what is left of what a stopped daemon without attachments must not leave."""
-        interfaces = self.netns.interfaces()
         filters = {
             f"{ifname} {side}": shown
-            for ifname in interfaces
+            for ifname in self.netns.interfaces()
             for side in ("ingress", "egress")
             if "bpf" in (shown := self.netns.run("tc", "filter", "show", "dev", ifname, side, check=False).stdout)
         }
@@ -343,7 +341,7 @@ class Netfenced:
         found = {
             "link pins": self.link_pins(),
             "tc filters": filters,
-            "interfaces": sorted(interfaces - self._interfaces),
+            "interfaces": sorted(self._dummy_interfaces() - self._dummies),
             "processes": self._cgroup.pids(),
             "socket": self.socket.exists(),
         }

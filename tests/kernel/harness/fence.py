@@ -237,10 +237,9 @@ class Fence:
             attachment.target.close()
 
     def wait_until(self, at: float) -> None:
-        """Wait until the kernel's clock has passed a monotonic time (seconds), and a tick more."""
-        self.plane.clock.now()
-        wanted = self.plane.clock.jiffies(at) + 1
-        wait_for(lambda: self.plane.clock.now() > wanted, "the kernel's clock")
+        """Wait until the kernel's clock is past a monotonic time (seconds) for certain: two ticks more."""
+        ticks_s = 2 / self.plane.clock.hz
+        wait_for(lambda: time.monotonic() > at + ticks_s, "the kernel's clock")
 
     def close(self) -> None:
         """Detach everything and unload."""

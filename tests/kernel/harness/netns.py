@@ -78,8 +78,8 @@ class NetNs:
                 raise RuntimeError(message)
 
     def ip_json(self, *arguments: str) -> list[dict[str, Any]]:
-        """Run one reading `ip` command and return what it says."""
-        return list(json.loads(self.run("ip", "-j", "-d", *arguments).stdout or "[]"))
+        """Run one reading `ip` command and return what it says (iproute2 says {} for what a filter left out)."""
+        return [found for found in json.loads(self.run("ip", "-j", "-d", *arguments).stdout or "[]") if found]
 
     def run(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a program inside to its end, at most 30 s."""

@@ -118,6 +118,17 @@ def test_bulk_building_is_adding_one_by_one(steps: list[tuple[str, str, float]])
     assert len(table) == len(table.entries) == len({network for network, _, _ in oracle.rules})
 
 
+@given(STEPS)
+def test_the_index_after_many_changes_is_that_of_a_new_table(steps: list[tuple[str, str, float]]) -> None:
+    table, _ = played(steps)
+    fresh = CidrTable.of(table.entries.items())
+    for size in (4, 16):
+        ours, theirs = table.family(size), fresh.family(size)
+        assert (ours.counts, ours.timed_counts, ours.lengths) == (theirs.counts, theirs.timed_counts, theirs.lengths)
+        assert ours.timed == theirs.timed
+        assert ours.soonest <= theirs.soonest
+
+
 @given(STEPS, STEPS)
 def test_changes_lead_from_one_table_to_another(
     before: list[tuple[str, str, float]], after: list[tuple[str, str, float]]

@@ -85,6 +85,7 @@ def test_expired_tells_until_forgotten_and_renewal_takes_it_back() -> None:
     assert book.names_of(WEB) == ("a",), "the kernel may keep it for connections, so its names are still known"
     book.hold("a", WEB, 30.0)
     assert book.expired(25.0) == [CDN]
+    assert book._due == {CDN}, "a renewed lease is not looked at with every call"
     book.forget(CDN)
     book.forget(CDN)
     assert book.expired(25.0) == []

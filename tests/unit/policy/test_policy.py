@@ -80,6 +80,7 @@ def test_removing_what_expired_does_not_change_the_hash() -> None:
     digest = policy.hash()
     swept = policy.live(NOW + 3600.0)
     assert len(swept.cidrs) == len(policy.cidrs) - 1
+    assert swept._hash == digest, "not computed anew"
     assert swept.hash() == digest
     assert apply(swept, SetMode(1), NOW).hash() != digest, "the kept hash is not passed on to a changed policy"
     assert policy.live(NOW) is policy

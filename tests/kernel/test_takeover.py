@@ -1,0 +1,109 @@
+"""A new data plane on the pins of an old one: what is in force stays in force at every step (semantics.md 24)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import sandbox
+from harness.packets import UDP4
+from harness.topology import Topology, Workload
+from netfence.dataplane.plane import DataPlane, Static
+from netfence.dataplane.target import Direction, resolve_interface
+from netfence.policy.commands import BulkUpdate, CidrSpec, apply
+from netfence.policy.modes import Mode, Reason
+from netfence.policy.policy import EMPTY
+
+DENIED, OTHER = "203.0.113.81", "203.0.113.80"
+POLICY = apply(
+    EMPTY,
+    BulkUpdate(
+        mode=int(Mode.DENYLIST), allow_cidrs=[], deny_cidrs=[CidrSpec(f"{DENIED}/32", 0)], dns=None, audit=False
+    ),
+    time.monotonic(),
+)
+STATIC = Static(dns_address=bytes([198, 51, 100, 254]), dns_port=11000)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "data").mkdir()
+    with sandbox.bpffs(tmp_path / "bpf"):
+        yield tmp_path
+
+
+
+def _holds(topology: Topology, workload: Workload) -> None:
+    assert topology.arrived(workload, UDP4, OTHER) == 3
+    assert topology.arrived(workload, UDP4, DENIED) == 0
+
+
+@pytest.mark.parametrize("tcx", [None, False], ids=["tcx", "clsact"])
+def test_the_next_daemon_empties_no_table_in_force(topology: Topology, directory: Path, tcx: bool | None) -> None:
+    workload = topology.add_veth()
+    with topology.host.inside(), asyncio.Runner() as runner:
+        target = resolve_interface(workload.host_if)
+        first = runner.run(_open_with(directory, tcx))
+        slot = first.allocate_slot()
+        runner.run(first.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(first.apply(slot, POLICY, None))
+        _holds(topology, workload)
+        dropped = first.counters(slot).packets[Reason.DENY_RULE]
+        runner.run(first.close(detach=False))
+        _holds(topology, workload)
+
+        second = runner.run(_open_with(directory, tcx))
+        _holds(topology, workload)  # the trap: tables made ready at the start must not be those in force
+        second.claim_slot(slot)
+        assert runner.run(second.restore(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        _holds(topology, workload)
+        runner.run(second.apply(slot, POLICY, None))
+        _holds(topology, workload)
+        assert second.counters(slot).packets[Reason.DENY_RULE] == dropped + 4 * 3
+
+        runner.run(second.detach(slot, target, "one"))
+        assert topology.arrived(workload, UDP4, DENIED) == 3
+        runner.run(second.close(detach=True))
+    assert not any((directory / "bpf").rglob("links/*"))
+
+
+async def _open_with(directory: Path, tcx: bool | None) -> DataPlane:
+    pins = directory / "bpf" / "netfence"
+    return await DataPlane.open(pins, directory / "data", Mode.BLOCK_ALL, max_leases_total=1000, tcx=tcx)
+
+
+def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
+    """Nothing of an attachment is left for the next one of its slot: no lease, no rule, no count."""
+    workload = topology.add_veth()
+    with topology.host.inside(), asyncio.Runner() as runner:
+        target = resolve_interface(workload.host_if)
+        plane = runner.run(_open_with(directory, None))
+        slot = plane.allocate_slot()
+        runner.run(plane.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(plane.apply(slot, POLICY, None))
+        plane.open_leases(slot, [bytes([203, 0, 113, 80])], time.monotonic() + 3600)
+        _holds(topology, workload)
+        runner.run(plane.detach(slot, target, "one"))
+        plane.free_slot(slot)
+
+        assert plane.allocate_slot() == slot
+        runner.run(plane.attach(slot, target, STATIC, Direction.WORKLOAD, "two"))
+        assert sum(plane.counters(slot).packets) == 0
+        assert topology.arrived(workload, UDP4, OTHER) == 0  # start_mode
+        assert plane.counters(slot).packets[Reason.START] == 3
+        runner.run(plane.apply(slot, EMPTY_ALLOWLIST, None))
+        assert topology.arrived(workload, UDP4, OTHER) == 0
+        assert plane.counters(slot).packets[Reason.DEFAULT_DROP] == 3
+        runner.run(plane.detach(slot, target, "two"))
+        runner.run(plane.close(detach=True))
+
+
+EMPTY_ALLOWLIST = apply(
+    EMPTY,
+    BulkUpdate(mode=int(Mode.ALLOWLIST), allow_cidrs=[], deny_cidrs=[], dns=None, audit=False),
+    time.monotonic(),
+)

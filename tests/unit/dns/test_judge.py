@@ -1,0 +1,66 @@
+"""Judging questions and chains by a policy, without a server."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.dns.world import policy
+
+from netfence.dns.judge import chain_denial, judge, strip
+from netfence.policy.modes import DnsMode, Mode
+
+
+@pytest.mark.parametrize(
+    ("mode", "dns", "audit", "denied", "learn", "guard"),
+    [
+        (Mode.ALLOWLIST, DnsMode.ALLOWLIST, False, True, True, True),
+        (Mode.ALLOWLIST, DnsMode.DENYLIST, False, False, True, True),
+        (Mode.DISABLED, DnsMode.ALLOWLIST, False, True, True, True),
+        (Mode.DENYLIST, DnsMode.DISABLED, False, False, False, False),
+        (Mode.BLOCK_ALL, DnsMode.DENYLIST, False, True, False, True),
+        (Mode.BLOCK_ALL, DnsMode.DISABLED, True, True, False, False),
+        (Mode.BLOCK_ALL, DnsMode.PROXY, True, True, False, True),
+    ],
+)
+def test_modes(mode: Mode, dns: DnsMode, audit: bool, denied: bool, learn: bool, guard: bool) -> None:
+    verdict = judge(policy(dns, mode=mode, audit=audit), "a.org", ())
+    assert verdict is not None
+    assert (verdict.denied, verdict.learn, verdict.guard, verdict.audit) == (denied, learn, guard, audit)
+
+
+def test_proxy_leaves_it_to_the_control_plane() -> None:
+    assert judge(policy(DnsMode.PROXY, allow=["a.org"]), "a.org", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stripped"),
+    [("a.org.x.lan", "a.org"), ("a.org.lan", "a.org"), ("x.lan", "x"), ("lan", "lan"), ("a.orglan", "a.orglan"), ("", "")],
+)
+def test_strip_takes_the_longest_search_domain(name: str, stripped: str) -> None:
+    assert strip(name, (".x.lan", ".lan")) == stripped
+
+
+@pytest.mark.parametrize(
+    ("allow", "deny", "name", "denied", "judged"),
+    [
+        (["a.org"], [], "a.org.lan", False, "a.org"),
+        ([], ["a.org"], "a.org.lan", True, "a.org"),
+        (["host.lan"], [], "host.lan", False, "host.lan"),
+        (["*"], ["a.org"], "a.org.lan", True, "a.org"),
+        ([".lan"], ["a.org"], "a.org.lan", False, "a.org.lan"),
+    ],
+    ids=["allowed", "denied", "own-rule", "star-is-no-own-rule", "rule-for-the-search-domain"],
+)
+def test_search_domains_and_rules(allow: list[str], deny: list[str], name: str, denied: bool, judged: str) -> None:
+    dns = DnsMode.ALLOWLIST if allow else DnsMode.DENYLIST
+    verdict = judge(policy(dns, allow=allow, deny=deny), name, (".lan",))
+    assert verdict is not None
+    assert (verdict.denied, verdict.name) == (denied, judged)
+
+
+def test_a_chain_is_denied_by_explicit_deny_rules_alone() -> None:
+    rules = policy(allow=["a.org", "ok.evil.net"], deny=[".evil.net"])
+    assert chain_denial(rules, ["b.net", "c.net"]) is None
+    assert chain_denial(rules, ["b.net", "ok.evil.net"]) is None
+    why = chain_denial(rules, ["b.net", "x.evil.net"])
+    assert why is not None
+    assert "evil.net" in why
