@@ -115,11 +115,15 @@ struct endpoint {
     __u32 port; /* network order in the low 16 bits, as struct config.dns_port */
 };
 
+/* Side by side, so that a packet touches one cache line. */
+struct count {
+    __u64 packets;
+    __u64 bytes;
+};
+
 struct counters {
-    __u64 packets[32]; /* by REASON_ */
-    __u64 bytes[32];
-    __u64 would_packets[32]; /* audit mode: by the reason that would have dropped */
-    __u64 would_bytes[32];
+    struct count real[32];  /* by REASON_ */
+    struct count would[32]; /* audit mode: by the reason that would have dropped */
 };
 
 #endif

@@ -56,13 +56,59 @@ static __always_inline void count(__u64 slot, int reason, int would, __u64 packe
     struct counters *counters = bpf_map_lookup_elem(MAP(FD_COUNTERS), &key);
     if (!counters)
         return;
-    if (would) {
-        counters->would_packets[index] += packets;
-        counters->would_bytes[index] += bytes;
-    } else {
-        counters->packets[index] += packets;
-        counters->bytes[index] += bytes;
+    struct count *one = would ? &counters->would[index] : &counters->real[index];
+    one->packets += packets;
+    one->bytes += bytes;
+}
+
+/* One step of rule_lookup: what an entry of the trie says, or ASK_SHORTER where it has expired. */
+#define ASK_SHORTER (-2)
+
+static __always_inline int rule_verdict(const struct rule *rule, __u64 now)
+{
+    if (rule->deny > now)
+        return REASON_DENY_RULE;
+    if (rule->allow > now)
+        return REASON_ALLOW_RULE;
+    return rule->length ? ASK_SHORTER : NONE;
+}
+
+static __always_inline int rule_lookup4(__u32 policy, __u32 address, __u64 now, __u64 *length)
+{
+    struct rule_key4 key = {.length = 32, .address = address};
+    void *rules = bpf_map_lookup_elem(MAP(FD_RULES4), &policy);
+    if (!rules)
+        return REASON_DENY_RULE; /* a policy without its table: never guessed */
+    for (int i = 0; i <= NF_TTL_NESTING; i++) {
+        struct rule *rule = bpf_map_lookup_elem(rules, &key);
+        if (!rule)
+            return NONE;
+        *length = rule->length;
+        int verdict = rule_verdict(rule, now);
+        if (verdict != ASK_SHORTER)
+            return verdict;
+        key.length = rule->length - 1;
     }
+    return REASON_DENY_RULE;
+}
+
+static __always_inline int rule_lookup6(__u32 policy, const struct address *address, __u64 now, __u64 *length)
+{
+    struct rule_key6 key = {.length = 128, .address = *address};
+    void *rules = bpf_map_lookup_elem(MAP(FD_RULES6), &policy);
+    if (!rules)
+        return REASON_DENY_RULE;
+    for (int i = 0; i <= NF_TTL_NESTING; i++) {
+        struct rule *rule = bpf_map_lookup_elem(rules, &key);
+        if (!rule)
+            return NONE;
+        *length = rule->length;
+        int verdict = rule_verdict(rule, now);
+        if (verdict != ASK_SHORTER)
+            return verdict;
+        key.length = rule->length - 1;
+    }
+    return REASON_DENY_RULE;
 }
 
 /* The longest live prefix that covers the destination: REASON_ALLOW_RULE or REASON_DENY_RULE and its length, or NONE.
@@ -70,46 +116,12 @@ static __always_inline void count(__u64 slot, int reason, int would, __u64 packe
  * An expired long prefix hides a live shorter one in the trie, so on an expired entry the trie is asked again, one bit
  * shorter. User space bounds such chains (NF_TTL_NESTING); one that is longer all the same denies.
  */
-static __always_inline int rule_lookup(const struct packet *packet, __u64 active, __u64 now, __u8 *length)
+static __always_inline int rule_lookup(const struct packet *packet, __u64 active, __u64 now, __u64 *length)
 {
     __u32 policy = active & 0xffff;
-    struct rule_key6 key6 = {};
-    struct rule_key4 key4 = {};
-    struct rule *rule;
-    void *rules;
-    int mapped = is_mapped(&packet->destination);
-
-    if (!(active & (mapped ? NF_ACTIVE_RULES4 : NF_ACTIVE_RULES6)))
-        return NONE;
-    if (mapped) {
-        key4.length = 32;
-        key4.address = packet->destination.word[3];
-        rules = bpf_map_lookup_elem(MAP(FD_RULES4), &policy);
-    } else {
-        key6.length = 128;
-        key6.address = packet->destination;
-        rules = bpf_map_lookup_elem(MAP(FD_RULES6), &policy);
-    }
-    if (!rules)
-        return REASON_DENY_RULE; /* a policy without its table: never guessed */
-    for (int i = 0; i <= NF_TTL_NESTING; i++) {
-        if (mapped)
-            rule = bpf_map_lookup_elem(rules, &key4);
-        else
-            rule = bpf_map_lookup_elem(rules, &key6);
-        if (!rule)
-            return NONE;
-        *length = rule->length;
-        if (rule->deny > now)
-            return REASON_DENY_RULE;
-        if (rule->allow > now)
-            return REASON_ALLOW_RULE;
-        if (rule->length == 0)
-            return NONE;
-        key4.length = rule->length - 1;
-        key6.length = rule->length - 1;
-    }
-    return REASON_DENY_RULE;
+    if (is_mapped(&packet->destination))
+        return active & NF_ACTIVE_RULES4 ? rule_lookup4(policy, packet->destination.word[3], now, length) : NONE;
+    return active & NF_ACTIVE_RULES6 ? rule_lookup6(policy, &packet->destination, now, length) : NONE;
 }
 
 static __always_inline int lease_lookup(const struct packet *packet, __u64 slot, const struct config *config, __u64 now)
@@ -151,7 +163,7 @@ static __always_inline int is_foreign_dns(const struct packet *packet, __u64 slo
 static __always_inline int decide(const struct packet *packet, __u64 slot, const struct config *config, __u64 active)
 {
     int mode = mode_of(active);
-    __u8 length = 0;
+    __u64 length = 0;
     if (packet->arp)
         return REASON_ARP;
     int reason = always_passes(packet, config, mode);
@@ -265,7 +277,7 @@ static __always_inline int parse(struct __sk_buff *skb, int hook, const struct c
         struct cursor cursor = {.data = (void *)(long)skb->data, .end = (void *)(long)skb->data_end};
         int l3 = hook == HOOK_CGROUP || (config->flags & NF_FLAG_L3);
         int tags = hook == HOOK_TC && skb->vlan_present ? 1 : 0;
-        __builtin_memset(packet, 0, sizeof(*packet));
+        __builtin_memset(&packet->source_port, 0, sizeof(*packet) - __builtin_offsetof(struct packet, source_port));
         reason = parse_frame(&cursor, l3, skb->protocol, tags, packet);
         if (reason != REASON_TRUNCATED || cursor.end - cursor.data >= skb->len)
             return reason;

@@ -51,7 +51,7 @@ struct cursor {
 
 #define MAX_OFFSET 2047
 
-/* What a verdict needs to know of a packet. */
+/* What a verdict needs to know of a packet. Only what follows the addresses is zeroed: those of ARP are never read. */
 struct packet {
     struct address source;
     struct address destination;
@@ -66,6 +66,7 @@ struct packet {
     __u8 tcp_flags;
     __u8 icmp_type;
     __u8 icmp_code;
+    __u8 pad[3];
 };
 
 struct eth_header {

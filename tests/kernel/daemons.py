@@ -1,4 +1,4 @@
-"""What the tests of the daemon itself want of a `Netfenced` beyond the harness's: waits that see reloads, and clsact."""
+"""What the tests of the daemon itself want of a `Netfenced` beyond the harness's: waits for reloads, and clsact."""
 
 from __future__ import annotations
 

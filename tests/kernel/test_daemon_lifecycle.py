@@ -1,4 +1,4 @@
-"""A real daemon from attach to detach: what it does, shows and leaves; and what becomes of targets (semantics.md 22, 23)."""
+"""A real daemon from attach to detach: what it does, shows and leaves, and what becomes of targets."""
 
 from __future__ import annotations
 
@@ -147,12 +147,12 @@ def test_of_two_that_attach_one_target_at_once_one_wins(daemon: Fenced, workload
         try:
             return daemon.attach(interface=workload.host_if).id
         except RefusedError as error:
-            assert "detach it first" in str(error)
-            return ""
+            return str(error)
 
     with ThreadPoolExecutor(4) as pool:
-        won = [found for found in pool.map(one, range(4)) if found]
-    assert len(won) == 1
+        found = sorted(pool.map(one, range(4)), key=len)
+    won = found[:1]
+    assert all("detach it first" in said for said in found[1:])
     assert [info.id for info in daemon.attachments()] == won
     daemon.detach(won[0])
 
@@ -193,12 +193,11 @@ def test_a_file_with_errors_changes_nothing_and_all_of_them_are_logged(
     known = len(daemon.events("policy_file_refused"))
     daemon.write_policy("default:\n  mode: block_al\n  allow_cidrs: [10.0.0.0/33]\n")
     wait_for(lambda: len(daemon.events("policy_file_refused")) > known, "the file to be refused")
-    assert [
-        entry["error"].removeprefix(str(daemon.policy_file)) for entry in daemon.events("policy_file_error")[-2:]
-    ] == [
-        ":2: default.mode: 'block_al': one of disabled, allowlist, block_all, denylist",
-        ":3: default.allow_cidrs[0]: '10.0.0.0/33' is not a CIDR: the prefix length must be a decimal number from 0 to 32",
+    logged = [
+        entry["error"].removeprefix(f"{daemon.policy_file}:") for entry in daemon.events("policy_file_error")[-2:]
     ]
+    assert logged[0] == "2: default.mode: 'block_al': one of disabled, allowlist, block_all, denylist"
+    assert logged[1].startswith("3: default.allow_cidrs[0]: '10.0.0.0/33' is not a CIDR: the prefix length must be")
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
     daemon.set_policy(BLOCK)
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
@@ -367,6 +366,13 @@ def test_loopback_dns_of_an_interface_is_warned_about(fresh: Fresh, start: Start
     assert "set dns.listen_addr to an address of this host" in daemon.wait_event("dns_on_loopback")["remedy"]
 
 
+def has_dummy(topology: Topology) -> bool:
+    """Tell whether this kernel can make dummy interfaces (a module of its own, which small kernels lack)."""
+    done = topology.host.run("ip", "link", "add", "probe0", "type", "dummy", check=False)
+    topology.host.run("ip", "link", "del", "probe0", check=False)
+    return done.returncode == 0
+
+
 @pytest.mark.parametrize("network", ["127.53.0.0/24", "169.254.100.0/24", "fd00:53::/64"])
 def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, start: Start, network: str) -> None:
     topology = fresh.topology()
@@ -375,6 +381,11 @@ def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, start: Sta
     policy = {"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow": ["good.test"]}}}
     daemon = start(topology, policy=policy, config={"dns": {"listen_addr": network}})
     interfaces = topology.host.interfaces()
+    if not network.startswith("127.") and not has_dummy(topology):
+        said = refusal(daemon, interface=workloads[0].host_if)
+        assert "to dummy interface netfence0: " in said
+        assert "load the kernel module `dummy`, or set dns.listen_addr" in said
+        return
     attached = [daemon.attach(interface=each.host_if) for each in workloads]
     assert {each.dns[1] for each in attached} == {53}
     assert len({each.dns[0] for each in attached}) == 2

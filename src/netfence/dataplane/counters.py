@@ -40,7 +40,7 @@ class CounterMap:
         self._map = counters
         self._words = layout.sizes["counters"] // 8
         fields = layout.fields["counters"]
-        self._at = [fields[name].offset // 8 for name in ("packets", "bytes", "would_packets", "would_bytes")]
+        self._real, self._would = (fields[name].offset // 8 for name in ("real", "would"))
 
     def read(self, slot: int) -> Counters:
         """Sum the counters of all CPUs."""
@@ -51,7 +51,10 @@ class CounterMap:
         words = memoryview(raw).cast("Q")
         cpus = [words[at : at + self._words].tolist() for at in range(0, len(words), self._words)]
         total = [sum(column) for column in zip(*cpus, strict=True)]
-        return Counters(*(tuple(total[at : at + REASON_COUNT]) for at in self._at))
+        # Each `struct count` is packets, then bytes.
+        ends = ((at + which, at + 2 * REASON_COUNT) for at in (self._real, self._would) for which in (0, 1))
+        columns = [total[start:end:2] for start, end in ends]
+        return Counters(*map(tuple, columns))
 
     def clear(self, slot: int) -> None:
         """Set all to zero, for the next attachment of this slot."""

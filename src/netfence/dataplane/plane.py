@@ -174,7 +174,7 @@ class DataPlane:
 
     async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
         """Take over what a daemon before us attached; False when a hook was gone and had to be put back."""
-        state = self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
+        self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
         self._write_maps(slot, static, word=False)
         if isinstance(target, CgroupTarget):
             whole = await self._run(lambda: self._hooks.cgroup_attached(target, name))

@@ -1,0 +1,274 @@
+"""Without a daemon the fence holds; the next daemon takes it over as it was (semantics.md 24, 27)."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Fresh
+from daemons import Fenced, Start, starting
+from harness.agent import Agent
+from harness.cgroup import Cgroup
+from harness.deadline import wait_for
+from harness.packets import UDP4, UDP6
+from harness.topology import Topology, Workload
+from netfence.api.client import RefusedError
+from netfence.policy.modes import Mode, Reason
+from netfence.store import DATABASE
+
+OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
+LEARNED4 = "203.0.113.80"
+POLICY: dict[str, Any] = {
+    "default": {
+        "mode": "allowlist",
+        "allow_cidrs": [OUTSIDE4],
+        "dns": {"mode": "allowlist", "allow": ["good.test", "other.test"]},
+    }
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Give a function that starts daemons of a test's own."""
+    with starting(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture
+def topology(fresh: Fresh) -> Topology:
+    """Give namespaces of the test's own, with a name server."""
+    topology = fresh.topology()
+    fresh.names(topology, f"good.test. 300 IN A {LEARNED4}", "other.test. 300 IN A 203.0.113.81")
+    return topology
+
+
+def end(daemon: Fenced, how: str) -> None:
+    if how == "kill -9":
+        daemon.kill()
+    else:
+        assert daemon.stop() == 0
+
+
+def query(workload: Workload, server: tuple[str, int], name: str) -> list[str]:
+    with Agent(netns=workload.netns) as agent:
+        return [str(record.rdata) for record in agent.query(server, name).rr]
+
+
+def edit_state(daemon: Fenced, statement: str, *values: object) -> None:
+    with closing(sqlite3.connect(daemon.directory / "data" / DATABASE)) as state, state:
+        state.execute(statement, values)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill -9"])
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_an_interface_stays_fenced_and_is_taken_over(topology: Topology, start: Start, how: str, *, tcx: bool) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if, metadata={"tenant": "acme"})
+    assert query(workload, attached.dns, "good.test") == [LEARNED4]
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    before = daemon.info(attached.id)
+    assert before.attach_mechanism == ("tcx" if tcx else "clsact")
+
+    def enforced() -> tuple[int, int, int]:
+        return (
+            topology.arrived(workload, UDP4, OUTSIDE4),
+            topology.arrived(workload, UDP4, LEARNED4),
+            topology.arrived(workload, UDP6, OUTSIDE6),
+        )
+
+    end(daemon, how)
+    assert enforced() == (3, 3, 0)
+    daemon.start()
+    assert enforced() == (3, 3, 0)
+    after = daemon.info(attached.id)
+    for field in ("id", "target", "dns_address", "policy_hash", "policy_version", "attached_at", "metadata", "hook"):
+        assert getattr(after, field) == getattr(before, field), field
+    assert after.attach_mechanism == before.attach_mechanism
+    assert after.packets_blocked >= before.packets_blocked + 6
+    if how == "stop":
+        assert after.dns_queries_allowed == before.dns_queries_allowed == 1
+    assert query(workload, attached.dns, "other.test") == ["203.0.113.81"]
+    assert "attached already" in _refused(daemon, interface=workload.host_if)
+    daemon.set_policy({"default": {"mode": "block_all"}})
+    assert enforced() == (0, 0, 0)
+    daemon.detach(attached.id)
+    assert enforced() == (3, 3, 3)
+
+
+def _refused(daemon: Fenced, **target: Any) -> str:
+    with pytest.raises(RefusedError) as raised:
+        daemon.attach(**target)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill -9"])
+def test_a_cgroup_stays_fenced_and_is_taken_over(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup], how: str
+) -> None:
+    group = cgroups("box")
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(cgroup=group)
+    with Agent(netns=topology.host, cgroup=group) as agent:
+        agent.udp().sendto(b"x", (OUTSIDE4, 9))
+        end(daemon, how)
+        with pytest.raises(PermissionError):
+            agent.udp(socket.AF_INET6).sendto(b"x", (OUTSIDE6, 9))
+        daemon.start()
+        with pytest.raises(PermissionError):
+            agent.udp(socket.AF_INET6).sendto(b"x", (OUTSIDE6, 9))
+        agent.udp().sendto(b"x", (OUTSIDE4, 9))
+        assert daemon.reasons(attached.id)[Reason.CONNECT] == 2
+        daemon.detach(attached.id)
+        agent.udp(socket.AF_INET6).sendto(b"x", (OUTSIDE6, 9))
+
+
+def test_a_name_denied_after_a_restart_closes_what_it_had_opened_before(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    query(workload, attached.dns, "good.test")
+    daemon.kill()
+    daemon.start()
+    assert topology.arrived(workload, UDP4, LEARNED4) == 3
+    daemon.set_policy({"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow": ["other.test"]}}})
+    assert topology.arrived(workload, UDP4, LEARNED4) == 0
+
+
+def test_a_policy_file_edited_meanwhile_is_in_force_after_the_start(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.stop()
+    daemon.write_policy("default: {mode: denylist}")
+    daemon.start()
+    wait_for(lambda: daemon.info(attached.id).mode == Mode.DENYLIST, "the new policy")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+
+
+def test_a_target_deleted_meanwhile_is_cleaned_up(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup]
+) -> None:
+    workload, kept = topology.add_veth(), topology.add_veth()
+    group = cgroups("box")
+    daemon = start(topology, policy=POLICY)
+    daemon.attach(interface=workload.host_if)
+    daemon.attach(cgroup=group)
+    attached = daemon.attach(interface=kept.host_if)
+    daemon.kill()
+    topology.host.ip(f"link del {workload.host_if}")
+    group.remove()
+    daemon.start()
+    assert [info.id for info in daemon.attachments()] == [attached.id]
+    assert {pin.rpartition("-")[0] for pin in daemon.link_pins()} == {attached.id}
+
+
+def test_a_renamed_interface_is_found_again(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}})
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.kill()
+    topology.host.ip(
+        f"link set {workload.host_if} down", f"link set {workload.host_if} name other7", "link set other7 up"
+    )
+    daemon.start()
+    assert [(info.id, info.target) for info in daemon.attachments()] == [(attached.id, "other7")]
+
+
+def test_an_attach_that_was_never_finished_is_taken_off(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}})
+    daemon.attach(interface=workload.host_if)
+    daemon.kill()
+    edit_state(daemon, "UPDATE attachments SET policy = NULL")  # as it is until the first policy is in force
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.start()
+    assert daemon.attachments() == []
+    assert daemon.link_pins() == []
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+
+
+def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}})
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.kill()
+    edit_state(daemon, "UPDATE attachments SET policy = ?", "{damaged")
+    daemon.start()
+    assert daemon.own_events("not_taken_over", attached.id)
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.kill()
+    edit_state(daemon, "UPDATE attachments SET policy = NULL")
+    daemon.start()
+
+
+def test_a_lost_dns_port_is_waited_for_and_the_fence_stays(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.kill()
+    with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as thief:
+        thief.bind(attached.dns)
+        daemon.start()
+        assert daemon.own_events("dns_port_lost", attached.id)
+        assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+        assert daemon.info(attached.id).dns_address == "{}:{}".format(*attached.dns)
+    wait_for(lambda: daemon.own_events("dns_port_back", attached.id), "the port to be bound again")
+    assert query(workload, attached.dns, "good.test") == [LEARNED4]
+
+
+def test_after_a_reboot_an_interface_of_the_same_name_and_kind_is_fenced_with_its_last_policy(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup]
+) -> None:
+    """A reboot is played: no pins, another boot id, interfaces made anew."""
+    workload, other = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.attach(interface=other.host_if)
+    daemon.attach(cgroup=cgroups("box"))
+    daemon.stop()
+    for pin in sorted(daemon.pins.rglob("*"), key=lambda path: len(path.parts), reverse=True):
+        pin.rmdir() if pin.is_dir() else pin.unlink()
+    edit_state(daemon, "UPDATE attachments SET boot_id = 'the boot before', identity = '9999' WHERE kind = 'interface'")
+    edit_state(daemon, "UPDATE attachments SET boot_id = 'the boot before'")
+    topology.host.ip(f"link set {other.host_if} down", f"link set {other.host_if} name else0")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+    daemon.start()
+    assert [info.id for info in daemon.attachments()] == [attached.id]
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    daemon.kill()
+    daemon.start()  # and the next restart is an ordinary one
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.detach(attached.id)
+
+
+def test_pins_without_state_are_not_guessed_about(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.stop()
+    state = daemon.directory / "data" / DATABASE
+    state.rename(state.with_suffix(".aside"))
+    daemon.launch()
+    assert f"holds 1 fences that data_dir {state.parent} does not know ({attached.id} is one)" in daemon.ended_saying()
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    state.with_suffix(".aside").rename(state)
+    daemon.start()
+    daemon.detach(attached.id)
+
+
+def test_clsact_filters_that_somebody_removes_are_put_back(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}}, tcx=False)
+    attached = daemon.attach(interface=workload.host_if)
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    topology.host.run("tc", "qdisc", "del", "dev", workload.host_if, "clsact")
+    wait_for(lambda: daemon.own_events("hook_put_back", attached.id), "the hook to be put back")
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
