@@ -66,8 +66,11 @@ class RuleTables:
         return index
 
     def change(self, index: int, changes: Iterable[tuple[Key, Entry | None]]) -> None:
-        """Set or remove single rules in the tries of a policy in force; each takes effect by itself."""
-        for key, entry in changes:
+        """Set or remove single rules in the tries of a policy in force; each takes effect by itself.
+
+        Removals first: in between there may be too few expired entries to pass over, never too many.
+        """
+        for key, entry in sorted(changes, key=lambda change: change[1] is not None):
             inner = self._inner(len(key) - 1, index)
             if entry is None:
                 inner.delete(_trie_key(key))
