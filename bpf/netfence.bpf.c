@@ -18,7 +18,7 @@
 #define TC_DROP 2    /* TCX_DROP and TC_ACT_SHOT */
 #define CGROUP_PASS 1
 #define CGROUP_DROP 0
-#define FENCED_MARK 0x4e46 /* skb->tc_index of a SYN that entered through a fenced interface */
+#define FENCED_MARK 0x4e46 /* skb->tc_index of what entered through a fenced interface */
 #define IFINDEX_LO 1
 
 #define HOOK_TC 1
@@ -157,7 +157,7 @@ static __always_inline int is_foreign_dns(const struct packet *packet, __u64 slo
 
 /* The verdict of a policy on a parsed packet: a REASON_. Everything but counting, auditing and connections from outside.
  *
- * Order (semantics.md 3, 6): always passed → foreign DNS → block_all → longest live rule → metadata → lease → link-local
+ * Order (semantics.md 3, 6): foreign DNS → always passed → block_all → longest live rule → metadata → lease → link-local
  * → the mode's default.
  */
 static __always_inline int decide(const struct packet *packet, __u64 slot, const struct config *config, __u64 active)
@@ -166,11 +166,11 @@ static __always_inline int decide(const struct packet *packet, __u64 slot, const
     __u64 length = 0;
     if (packet->arp)
         return REASON_ARP;
+    if (is_foreign_dns(packet, slot, config)) /* first: by default it listens on the loopback, which else always passes */
+        return REASON_FOREIGN_DNS;
     int reason = always_passes(packet, config, mode);
     if (reason != NONE)
         return reason;
-    if (is_foreign_dns(packet, slot, config))
-        return REASON_FOREIGN_DNS;
     if (mode != MODE_ALLOWLIST && mode != MODE_DENYLIST)
         return active & NF_ACTIVE_START ? REASON_START : REASON_BLOCK_ALL;
     __u64 now = bpf_jiffies64();
@@ -297,6 +297,9 @@ static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
     const struct config *config = config_of(slot);
     if (!config)
         return 0;
+    /* Every packet in every mode: a SYN may come in fragments, and an entry made in one mode would serve in the next. */
+    if (hook == HOOK_TC && (config->flags & (NF_FLAG_REPLIES | NF_FLAG_HOST)) == NF_FLAG_REPLIES)
+        skb->tc_index = FENCED_MARK;
     __u64 active = *(volatile __u64 *)&config->active;
     if (mode_of(active) == MODE_DISABLED) {
         count(slot, REASON_DISABLED, 0, packets, skb->len);
@@ -307,9 +310,6 @@ static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
         reason = decide(&packet, slot, config, active);
         if (reason == REASON_DEFAULT_DROP && is_reply(&packet, slot, config))
             reason = REASON_REPLY;
-        if (hook == HOOK_TC && (config->flags & NF_FLAG_REPLIES_ANY) && packet.protocol == PROTO_TCP &&
-            (packet.tcp_flags & TCP_SYN) && !(config->flags & NF_FLAG_HOST))
-            skb->tc_index = FENCED_MARK;
     }
     /* Forwarded packets have no socket and cgroup id 0: never the daemon's. */
     if (reason >= FIRST_DROP && hook == HOOK_TC && (config->flags & NF_FLAG_HOST) && config->daemon_cgroup &&

@@ -10,7 +10,7 @@ nothing opens:
   meanwhile stay closed: the next query opens them again;
 - work that began is finished even when the caller is cancelled.
 
-Knows no target, no hook and no socket: those are `lifecycle`'s.
+Leases are kept by `leasing`. Knows no target, no hook and no socket: those are `lifecycle`'s.
 """
 
 from __future__ import annotations
@@ -18,49 +18,39 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import structlog
 
 from netfence import policy_codec
 from netfence.control.port import AttachmentView, ControlPort
 from netfence.dns.gate import ProxyAnswer
-from netfence.errors import ExhaustedError, NetfenceError, NotFoundError, PreconditionError
+from netfence.errors import NetfenceError, NotFoundError, PreconditionError
+from netfence.leasing import PROXY, LeaseKernel, LeaseLimits, Leases, keeps
+from netfence.policy.cidr import NEVER
 from netfence.policy.commands import BulkUpdate, Command, apply
-from netfence.policy.leases import LeaseBook, lease_expiry
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
 from netfence.store import Row
 from netfence.tasks import finish
 
-PROXY = "\0proxy"  # holder of leases the control plane ordered; no name reads like this
-UNKNOWN = "\0unknown"  # holder of leases found in the kernel after a restart
 BULK = 500  # rules from which a command is worth a thread: below, the thread costs more than the work
-CHUNK = 512  # kernel deletes in one go on the event loop, about 1 ms
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
+
+# By id of a bulk update, an attachment whose policy it made: the policy file gives one update to many attachments.
+_given_to: WeakValueDictionary[int, Attachment] = WeakValueDictionary()
 
 log = structlog.get_logger(__name__)
 
 
-class Kernel(Protocol):
+class Kernel(LeaseKernel, Protocol):
     """What an attachment needs of the data plane; see `netfence.dataplane.plane.DataPlane`."""
 
     async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
         """Switch the slot to `policy` between two packets, or raise with `old` still in force."""
-        ...
-
-    def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
-        """Open all of these packed addresses until `expiry`, or raise with none of the new ones open."""
-        ...
-
-    def close_leases(self, slot: int, addresses: Iterable[bytes]) -> None:
-        """Close these packed addresses."""
-        ...
-
-    async def sweep(self, slot: int) -> set[bytes]:
-        """Remove leases that pass nothing any more and return their packed addresses."""
         ...
 
 
@@ -70,16 +60,6 @@ class Saver(Protocol):
     async def save(self, row: Row, encode: Callable[[], str]) -> None:
         """Store the policy that `encode` tells, and what the row says of it, durably, or raise NetfenceError."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseLimits:
-    """How long leases live, in seconds, and how many there may be (semantics.md 5, 26)."""
-
-    min_s: float
-    grace_s: float
-    max_s: float
-    max_leases: int
 
 
 def start_policy(mode: Mode) -> Policy:
@@ -106,8 +86,9 @@ class Attachment:
         self._policy = policy
         self._in_kernel: Policy | None = None
         self._generation = 0
-        self._kernel, self._store, self._control, self._limits = kernel, store, control, limits
-        self._leases = LeaseBook()
+        self._given: BulkUpdate | None = None  # what made the policy, while nothing else changed it
+        self._kernel, self._store, self._control = kernel, store, control
+        self._leases = Leases(row.slot, kernel, limits)
         self._lock = asyncio.Lock()
         self._closed = False
         self._complaint = self._audit_complaint = 0.0  # when the next one may be logged
@@ -144,20 +125,11 @@ class Attachment:
         holder = self._holder(name)
         if holder is None or not addresses:
             return
-        now = time.monotonic()
-        limits = self._limits
-        expiry = lease_expiry(now, ttl_s, limits.min_s, limits.grace_s, limits.max_s)
-        book = self._leases
         try:
-            self._make_room(addresses, now)
-            self._kernel.open_leases(self.row.slot, addresses, expiry)  # renewals never shorten, there as here
+            self._leases.open(holder, addresses, ttl_s)
         except NetfenceError as error:
-            self.refused_leases += 1
-            self._kernel.close_leases(self.row.slot, [address for address in addresses if address not in book])
-            self._complain(name, error, now)
+            self._complain(name, error)
             raise
-        for address in addresses:
-            book.hold(holder, address, expiry)
 
     async def ask_control_plane(self, name: str, qtype: str) -> ProxyAnswer:
         """Ask about one name in DNS mode `proxy`. Raises UnavailableError or DeadlineError."""
@@ -188,12 +160,13 @@ class Attachment:
     async def _apply(self, command: Command, version: str) -> None:
         old = self._policy
         now = time.monotonic()
-        if _rules(command) + len(old.cidrs) + len(old.dns.domains) > BULK:
-            new, digest = await asyncio.to_thread(_compute, old, command, now)
-        else:
-            new, digest = _compute(old, command, now)
+        large = _rules(command) + len(old.cidrs) + len(old.dns.domains) > BULK
+        new = self._shared(command)
+        if new is None:
+            new = await asyncio.to_thread(apply, old, command, now) if large else apply(old, command, now)
         await self._switch(new)
-        await self._drop_holds(old, new)
+        await self._leases.drop_denied(old, new)
+        digest = await asyncio.to_thread(new.hash) if large else new.hash()
         try:
             await self._save(new, version)
         except NetfenceError:
@@ -201,7 +174,20 @@ class Attachment:
             raise
         self.policy_hash = digest
         self.active = True
+        self._note(command)
         self.log.info("policy_applied", command=type(command).__name__, version=version, mode=new.mode.name.lower())
+
+    def _shared(self, command: Command) -> Policy | None:
+        """Return the policy that another attachment was given by this very update: it is immutable, so one will do."""
+        other = _given_to.get(id(command))
+        return other._policy if other is not None and other._given is command else None  # noqa: SLF001 - one of us
+
+    def _note(self, command: Command) -> None:
+        """Remember what made our policy, if it makes the same for everybody: a TTL begins when it is applied."""
+        timeless = self._policy.cidrs.next_expiry() == NEVER
+        self._given = command if isinstance(command, BulkUpdate) and timeless else None
+        if self._given is not None:
+            _given_to[id(command)] = self
 
     async def keep_start_policy(self) -> None:
         """Go on without a first policy: nobody waits for one. The target stays in `start_mode`, durably."""
@@ -214,8 +200,7 @@ class Attachment:
 
         Nobody knows any more which names hold those, so they are dropped by the first command that denies anything.
         """
-        for address, expiry in leases.items():
-            self._leases.hold(UNKNOWN, address, expiry)
+        self._leases.adopt(leases)
         async with self._lock:
             await finish(self._switch(self._policy), f"take over {self.row.id}")
             self.active = True
@@ -228,10 +213,20 @@ class Attachment:
             await finish(self._maintain(now), f"maintain {self.row.id}")
 
     async def close(self) -> None:
-        """Wait for the command in progress and refuse all further ones."""
+        """Wait for what is in progress and refuse all further commands and leases."""
         async with self._lock:
             self._closed = True
             self._generation += 1
+
+    def reopen(self) -> None:
+        """Accept commands again: what it was closed for has failed."""
+        self._closed = False
+
+    async def while_open(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do something to the hooks that may meet neither a command nor the end; nothing once closed."""
+        async with self._lock:
+            if not self._closed:
+                await work()
 
     @property
     def closed(self) -> bool:
@@ -281,41 +276,13 @@ class Attachment:
         await self._store.save(row, encode)
         self.row = replace(self.row, policy_version=version)
 
-    async def _drop_holds(self, old: Policy, new: Policy) -> None:
-        """Drop the holds that `new` does not allow and close the leases that nothing holds any more.
-
-        `new` is in force already, so that no denied name can get a new hold meanwhile.
-        """
-        holders = {holder for _, holder, _ in self._leases.export()}
-        if new.dns.mode is not old.dns.mode:
-            denied = list(holders)
-        elif len(holders) > BULK or UNKNOWN in holders:
-            denied = await asyncio.to_thread(_denied, old, new, holders)
-        else:
-            denied = _denied(old, new, holders)
-        for start in range(0, len(denied), CHUNK):
-            self._drop(frozenset(denied[start : start + CHUNK]))
-            await asyncio.sleep(0)
-
-    def _drop(self, denied: frozenset[str]) -> None:
-        slot = self.row.slot
-        shortened: list[tuple[bytes, float]] = []
-        free = self._leases.drop_names(lambda holder: holder not in denied, lambda *lease: shortened.append(lease))
-        self._kernel.close_leases(slot, free)
-        for address, expiry in shortened:  # another name holds it still, but not for so long
-            self._kernel.close_leases(slot, [address])
-            self._kernel.open_leases(slot, [address], expiry)
-
     async def _maintain(self, now: float) -> None:
         live = replace(self._policy, cidrs=self._policy.cidrs.live(now))
         if live.cidrs is not self._policy.cidrs:
             generation = self._generation
             await self._switch(live)
             self._generation = generation  # nothing that was in force changed
-        removed = await self._kernel.sweep(self.row.slot)
-        for address in self._leases.expired(now):  # one opened again meanwhile is not among them
-            if address in removed:
-                self._leases.forget(address)
+        await self._leases.sweep(now)
 
     def _holder(self, name: str) -> str | None:
         """Return who holds the leases of this answer, None when it opens nothing."""
@@ -324,7 +291,7 @@ class Attachment:
             raise NotFoundError(f"open addresses of {name} for {self.row.name}: it was detached")
         if policy.dns.mode is DnsMode.DISABLED:
             return None
-        if _keeps(policy, PROXY):
+        if keeps(policy, PROXY):
             return PROXY
         verdict = policy.judge_name(name)
         if verdict.allowed:
@@ -333,24 +300,9 @@ class Attachment:
             return None
         raise PreconditionError(f"open addresses of {name} for {self.row.name}: denied meanwhile ({verdict.why})")
 
-    def _make_room(self, addresses: Sequence[bytes], now: float) -> None:
-        book, limit = self._leases, self._limits.max_leases
-        excess = len(book) + book.would_add(addresses) - limit
-        if excess <= 0:
-            return
-        wanted = set(addresses)
-        gone = [address for address in book.expired(now) if address not in wanted][: max(excess, CHUNK)]
-        self._kernel.close_leases(self.row.slot, gone)
-        for address in gone:
-            book.forget(address)
-        if len(book) + book.would_add(addresses) > limit:
-            raise ExhaustedError(
-                f"open {len(addresses)} addresses for {self.row.name}: it has {len(book)} live leases of"
-                f" dns.max_leases={limit}; raise dns.max_leases, or lower dns.max_lease"
-            )
-
-    def _complain(self, name: str, error: NetfenceError, now: float) -> None:
-        if now >= self._complaint:
+    def _complain(self, name: str, error: NetfenceError) -> None:
+        self.refused_leases += 1
+        if (now := time.monotonic()) >= self._complaint:
             self._complaint = now + COMPLAIN_S
             self.log.warning("lease_refused", name=name, error=str(error), since_start=self.refused_leases)
 
@@ -360,34 +312,9 @@ def dns_address(row: Row) -> str:
     return f"[{row.dns_host}]:{row.dns_port}" if ":" in row.dns_host else f"{row.dns_host}:{row.dns_port}"
 
 
-def _compute(old: Policy, command: Command, now: float) -> tuple[Policy, str]:
-    new = apply(old, command, now)
-    return new, new.hash()
-
-
 def _rules(command: Command) -> int:
     """Count the rules a command brings."""
     if not isinstance(command, BulkUpdate):
         return 1
     names = len(command.dns.allow) + len(command.dns.deny) if command.dns is not None else 0
     return len(command.allow_cidrs) + len(command.deny_cidrs) + names
-
-
-def _keeps(new: Policy, holder: str) -> bool:
-    """Tell whether the policy lets this holder keep its leases."""
-    if holder == PROXY:
-        return new.dns.mode is DnsMode.PROXY and (new.mode is not Mode.BLOCK_ALL or new.audit)
-    return new.judge_name(holder).allowed
-
-
-def _denied(old: Policy, new: Policy, holders: Iterable[str]) -> list[str]:
-    """Return the holders that `new` denies. Of those we do not know we know only that `old` allowed them."""
-    return [holder for holder in holders if (_tighter(old, new) if holder == UNKNOWN else not _keeps(new, holder))]
-
-
-def _tighter(old: Policy, new: Policy) -> bool:
-    """Tell whether `new` may deny a name that `old` allowed; both have the same DNS mode."""
-    if new.mode is Mode.BLOCK_ALL and not new.audit:
-        return True
-    before, after = set(old.dns.domains.rules()), set(new.dns.domains.rules())
-    return any(rule.allow for rule in before - after) or any(not rule.allow for rule in after - before)

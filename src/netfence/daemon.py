@@ -12,6 +12,7 @@ import gc
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -26,6 +27,7 @@ from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
 from netfence.config import Config, Loaded, system_upstreams
 from netfence.control.local import LocalControl, NoControl, load_policy_file
 from netfence.control.port import ControlPort, UnsubscribeReason
+from netfence.dataplane import probe
 from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
@@ -42,7 +44,8 @@ from netfence.targets import TargetKeeper, Watchers
 MAINTAIN_S = 30.0  # between two sweeps of every attachment: expired entries count for nothing, they only take room
 GRACE_S = 5.0  # for calls under way at a clean stop
 LIST_PIECE = 200  # attachments whose counters are read in one go, some 2 ms
-GC_THRESHOLD = (20_000, 20, 50)  # rules are hundreds of thousands of objects: fewer walks over them on the loop
+GC_THRESHOLD = (2_000, 20, 100)  # rules are hundreds of thousands of objects: few walks over all of them
+SWITCH_S = 0.001  # how long a thread at work on a large policy may keep the loop from its turn (Python's own: 5 ms)
 
 events = structlog.get_logger(__name__)
 
@@ -52,6 +55,7 @@ def run(loaded: Loaded) -> int:
     log.set_up(loaded.config.log_level, loaded.config.log_format)
     _raise_open_files()
     gc.set_threshold(*GC_THRESHOLD)
+    sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(_Process(loaded.config).main())
@@ -91,6 +95,7 @@ class _Process:
     async def _start_and_run(self) -> None:
         config = self._config
         control = await make_control(config)
+        probe.require_capabilities("start netfenced")
         detach = config.enforcement.on_shutdown == "detach"
         async with AsyncExitStack() as stack:
             store = await asyncio.to_thread(Store.open, config.data_dir)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import structlog
 
 from netfence.api.views import AttachmentInfoView, AttachSpec
-from netfence.attachment import Attachment, LeaseLimits, dns_address, start_policy
+from netfence.attachment import Attachment, dns_address, start_policy
 from netfence.config import Config
 from netfence.control.port import AttachmentView, ControlPort, UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, raw_senders, require_own_cgroup, resolve_cgroup
@@ -33,6 +33,7 @@ from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
 from netfence.errors import ExistsError, NetfenceError, NotFoundError, PreconditionError
 from netfence.kernel import Kernel
+from netfence.leasing import LeaseLimits
 from netfence.policy.commands import Command
 from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
@@ -262,12 +263,14 @@ class Lifecycle:
         if self._live.pop(row.id, None) is None:
             return
         parts.watch.unwatch(live.target)
+        await live.attachment.close()
         try:
             await parts.plane.detach(row.slot, live.target, row.id)
-            await live.attachment.close()
             await parts.store.remove(row.id)
         except BaseException:
+            live.attachment.reopen()
             self._live[row.id] = live
+            parts.watch.watch(live.target)
             raise
         await _undo(live.server.close, "close the DNS server")
         await _undo(lambda: parts.endpoints.release(live.endpoint), "release the DNS endpoint")

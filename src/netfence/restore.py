@@ -81,6 +81,9 @@ async def _restore_one(
         return Outcome.DROPPED
     policy = await asyncio.to_thread(policy_codec.decode, row.policy, policy_codec.Clock.now())
     direction = _direction(row)
+    if isinstance(target, InterfaceTarget) and target.name != row.name:  # renamed meanwhile
+        row = replace(row, name=target.name)
+        await parts.store.move(row.id, row.name)
     live = lifecycle.make(row, target, direction, policy)
     lifecycle.register(live)
     try:

@@ -138,10 +138,12 @@ class TargetKeeper:
                 self._plane.set_own_addresses(live.row.slot, addresses)
 
     async def _put_back(self, live: Live) -> None:
-        if live.attachment.closed or not live.attachment.active:
-            return
-        if not await self._plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
-            live.attachment.log.error("hook_put_back", effect="somebody removed it; it was open meanwhile")
+        async def work() -> None:
+            if not await self._plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
+                live.attachment.log.error("hook_put_back", effect="somebody removed it; it was open meanwhile")
+
+        if live.attachment.active:
+            await live.attachment.while_open(work)
 
     async def _resync(self) -> None:
         """Look at everything again: events were lost."""

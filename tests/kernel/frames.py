@@ -15,6 +15,8 @@ from typing import Literal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+Fragment = Literal["", "first", "later"]
+FRAGMENTS: tuple[Fragment, ...] = ("", "first", "later")
 SOURCE, DESTINATION = ipaddress.ip_address("192.0.2.10"), ipaddress.ip_address("198.51.100.1")
 PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "gre": 47, "esp": 50, "icmpv6": 58, "sctp": 132}
 ETHERTYPES = {"arp": 0x0806, "other": 0x88CC}
@@ -49,7 +51,7 @@ class Frame:
     icmp_type: int = 8
     icmp_code: int = 0
     hop_limit: int = 64
-    fragment: Literal["", "first", "later"] = ""
+    fragment: Fragment = ""
     options: tuple[tuple[int, bytes], ...] = ()
     extensions: tuple[tuple[str, bool], ...] = ()  # kind, and for routing headers: segments left
     bad_version: bool = False
@@ -204,7 +206,7 @@ def random_frame(rng: random.Random, hosts: Sequence[Address], dns_ports: Sequen
                     ((148, bytes(2)),),
                 ]
             )
-        frame.fragment = rng.choices(["", "first", "later"], [8, 1, 1])[0]
+        frame.fragment = rng.choices(FRAGMENTS, [8, 1, 1])[0]
     elif rng.random() < 0.3:
         kinds = [rng.choice(list(EXTENSIONS)) for _ in range(rng.choice([1, 1, 2, 3, 6, 7]))]
         kinds = [kind for index, kind in enumerate(kinds) if kind != "fragment" or "fragment" not in kinds[:index]]

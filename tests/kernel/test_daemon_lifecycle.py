@@ -13,17 +13,17 @@ from typing import Any
 import grpc
 import pytest
 
-from conftest import Fresh
 from daemons import Fenced, Start, starting
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.daemon import host_port
 from harness.deadline import wait_for
+from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import DNS4, Topology, Workload
 from harness.unbound import Unbound
 from netfence.api.client import RefusedError
-from netfence.policy.modes import Mode, Reason
+from netfence.policy.modes import Reason
 from netfence.v1 import daemon_pb2, daemon_pb2_grpc, types_pb2
 
 OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
@@ -70,7 +70,7 @@ def test_an_interface_is_fenced_until_it_is_detached(daemon: Fenced, topology: T
     assert daemon.reasons(attached.id)[Reason.DEFAULT_DROP] == 4
     assert (info.target, info.attach_mechanism, dict(info.metadata)) == (workload.host_if, "tcx", {"tenant": "acme"})
     assert (info.type, info.hook) == (types_pb2.ATTACHMENT_TYPE_TC, daemon_pb2.HOOK_TC)
-    assert (info.direction, info.mode) == (daemon_pb2.DIRECTION_WORKLOAD, Mode.ALLOWLIST)
+    assert (info.direction, info.mode) == (daemon_pb2.DIRECTION_WORKLOAD, types_pb2.POLICY_MODE_ALLOWLIST)
     assert host_port(info.dns_address) == attached.dns
     daemon.detach(attached.id)
     assert daemon.attachments() == []
@@ -216,7 +216,7 @@ def test_without_a_rule_that_matches_everything_is_blocked(
     daemon.set_policy({"attachments": [{"match": {"interface": "other*"}, "mode": "disabled"}]})
     attached = daemon.attach(interface=workload.host_if)
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
-    assert daemon.info(attached.id).mode == Mode.BLOCK_ALL
+    assert daemon.info(attached.id).mode == types_pb2.POLICY_MODE_BLOCK_ALL
     daemon.detach(attached.id)
 
 
@@ -256,8 +256,7 @@ def test_an_interface_moved_to_another_namespace_is_cleaned_up(daemon: Fenced, t
     workload = topology.add_veth()
     daemon.attach(interface=workload.host_if)
     topology.host.ip(f"link set {workload.host_if} netns {topology.internet.path}")
-    wait_for(lambda: not daemon.attachments(), "the attachment to go", 1.0)
-    assert daemon.link_pins() == []
+    wait_for(lambda: not daemon.attachments() and not daemon.link_pins(), "all of it to go", 1.0)
     topology.internet.ip(f"link del {workload.host_if}")
 
 
@@ -278,7 +277,7 @@ def test_a_rename_keeps_the_attachment(daemon: Fenced, topology: Topology) -> No
     )
     wait_for(lambda: daemon.info(attached.id).target == "other7", "the new name")
     daemon.set_policy({"attachments": [{"match": {"interface": "other*"}, "mode": "denylist"}]})
-    assert daemon.info(attached.id).mode == Mode.DENYLIST
+    assert daemon.info(attached.id).mode == types_pb2.POLICY_MODE_DENYLIST
     assert "attached already" in refusal(daemon, interface="other7")
     daemon.detach(attached.id)
 
@@ -308,8 +307,11 @@ def test_a_thousand_targets_need_no_thousand_waits(daemon: Fenced, topology: Top
 # -- roll-back ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_caller_that_hangs_up_leaves_nothing_half_done(daemon: Fenced, workload: Workload) -> None:
-    """Attach again and again with callers that die after a random moment; all are rolled back or whole."""
+def test_a_caller_that_hangs_up_leaves_nothing_half_done(fresh: Fresh, start: Start) -> None:
+    """Attach with callers that go away after ever later moments; each is rolled back or whole, and no port is lost."""
+    topology = fresh.topology()
+    workload = topology.add_veth()
+    daemon = start(topology, config={"dns": {"port_min": 12000, "port_max": 12000}})
     daemon.detach(daemon.attach(interface=workload.host_if).id)
     before = daemon.descriptors()
     for delay_ms in range(0, 40, 2):
@@ -319,8 +321,9 @@ def test_a_caller_that_hangs_up_leaves_nothing_half_done(daemon: Fenced, workloa
         )
         for info in daemon.attachments():
             daemon.detach(info.id)
-    assert daemon.link_pins() == []
+    wait_for(lambda: daemon.link_pins() == [], "the last of them to be gone")
     wait_for(lambda: daemon.descriptors() <= before + 1, "its descriptors to be closed")
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
     daemon.detach(daemon.attach(interface=workload.host_if).id)
 
 

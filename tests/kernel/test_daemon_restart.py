@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
-from conftest import Fresh
 from daemons import Fenced, Start, starting
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
+from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import Topology, Workload
 from netfence.api.client import RefusedError
-from netfence.policy.modes import Mode, Reason
+from netfence.policy.modes import Reason
 from netfence.store import DATABASE
+from netfence.v1 import types_pb2
 
 OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
 LEARNED4 = "203.0.113.80"
@@ -148,7 +149,7 @@ def test_a_policy_file_edited_meanwhile_is_in_force_after_the_start(topology: To
     daemon.stop()
     daemon.write_policy("default: {mode: denylist}")
     daemon.start()
-    wait_for(lambda: daemon.info(attached.id).mode == Mode.DENYLIST, "the new policy")
+    wait_for(lambda: daemon.info(attached.id).mode == types_pb2.POLICY_MODE_DENYLIST, "the new policy")
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from netfence.dataplane import links, loader
 from netfence.dataplane.plane import DataPlane, Static
 from netfence.dataplane.slotword import SlotWord
 from netfence.errors import InvalidError
-from netfence.policy.commands import AllowCidr, BulkUpdate, CidrSpec, DenyCidr, RemoveCidr, apply
+from netfence.policy.commands import AllowCidr, BulkUpdate, CidrSpec, Command, DenyCidr, RemoveCidr, apply
 from netfence.policy.modes import FIRST_DROP, Mode, Reason
 from netfence.policy.policy import EMPTY, Policy
 from oracle import OracleLease, OracleRule, World, decide, unmapped
@@ -144,7 +144,12 @@ async def _single_commands(
         kind = rng.choice(["allow", "deny", "remove"])
         if kind == "remove" and rules:
             cidr = rng.choice(rules)[0]
-        command = {"allow": AllowCidr(cidr, 0), "deny": DenyCidr(cidr, 0), "remove": RemoveCidr(cidr)}[kind]
+        commands: dict[str, Command] = {
+            "allow": AllowCidr(cidr, 0),
+            "deny": DenyCidr(cidr, 0),
+            "remove": RemoveCidr(cidr),
+        }
+        command = commands[kind]
         new = apply(policy, command, time.monotonic())
         await plane.apply(SLOT, new, policy)
         policy = new
@@ -204,7 +209,11 @@ def _use(plane: DataPlane, world: World) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("hook", ["tc", "cgroup"])
 def test_kernel_and_oracle_agree(
-    hook: str, plane: DataPlane, cgroup_program: int, runner: asyncio.Runner, record_property: pytest.RecordProperty
+    hook: str,
+    plane: DataPlane,
+    cgroup_program: int,
+    runner: asyncio.Runner,
+    record_property: Callable[[str, object], None],
 ) -> None:
     seen: Counter[Reason] = Counter()
     for seed in range(WORLDS):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hooktools import bpffs, open_descriptors
+from hooktools import SLOWNESS, bpffs, open_descriptors
 from netfence.dataplane import links, probe, rawprog
 from netfence.dataplane.rawprog import Helper, ProgType
 from netfence.errors import PermissionDeniedError, PreconditionError
@@ -42,7 +42,7 @@ def test_probing_is_cheap_leaves_nothing_and_happens_once() -> None:
     before = open_descriptors()
     start = time.thread_time()
     found = probe.kernel_features()
-    assert time.thread_time() - start < 0.050
+    assert time.thread_time() - start < 0.020 * SLOWNESS
     assert open_descriptors() == before
     assert probe.kernel_features() is found
 

@@ -36,7 +36,6 @@ def directory(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
-
 def _holds(topology: Topology, workload: Workload) -> None:
     assert topology.arrived(workload, UDP4, OTHER) == 3
     assert topology.arrived(workload, UDP4, DENIED) == 0

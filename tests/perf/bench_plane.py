@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from harness import sandbox
 from harness.topology import Topology
-
 from netfence.dataplane.plane import DataPlane
 from netfence.policy.modes import Mode
 

@@ -12,9 +12,9 @@ import pytest
 for _folder in ("perf", "kernel"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
 
+from bench_plane import Plane
 from harness import sandbox
 from harness.topology import Topology
-from bench_plane import Plane
 from measure import CPU
 
 

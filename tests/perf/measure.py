@@ -1,7 +1,8 @@
 """How everything here is measured: contestants alternate, medians with spread and ratio, one JSON line per result.
 
-Machines are shared and noisy, so only ratios taken in one run count (bench.md). `compare` runs A B A B … for a number of
-rounds; `Result` says "not significant" where the spreads overlap. Lines go to the terminal and to ``report.jsonl``.
+Machines are shared and noisy, so only ratios taken in one run count (bench.md). `compare` runs A B A B … for a number
+of rounds; `report` says "not significant" where the middle half of the per-round ratios holds 1. Lines go to the
+terminal and to ``report.jsonl``.
 """
 
 from __future__ import annotations
@@ -40,10 +41,9 @@ class Series:
         return low, high
 
 
-def overlap(one: Series, other: Series) -> bool:
-    """Tell whether the middle halves of two series overlap: then their difference is not significant."""
-    (low, high), (other_low, other_high) = one.spread, other.spread
-    return low <= other_high and other_low <= high
+def ratio(one: Series, base: Series) -> Series:
+    """Divide round by round: a machine that gets slower half way slows both contestants of a round."""
+    return Series("", [value / other for value, other in zip(one.values, base.values, strict=True)])
 
 
 def compare(unit: str, contestants: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, Series]:
@@ -66,10 +66,12 @@ def report(name: str, series: Mapping[str, Series], base: str | None = None, **s
         entry = {**asdict(values), "median": values.median, "quartiles": [low, high]}
         text = f"{who} {values.median:.4g} {values.unit} ({low:.4g}–{high:.4g})"
         if base is not None and who != base:
-            ratio = values.median / series[base].median
-            entry["ratio"] = ratio
-            entry["significant"] = not overlap(values, series[base])
-            text += f", {ratio:.3f} of {base}" + ("" if entry["significant"] else ", not significant")
+            to_base = ratio(values, series[base])
+            low, high = to_base.spread
+            entry["ratio"], entry["ratio_quartiles"] = to_base.median, [low, high]
+            entry["significant"] = not low <= 1 <= high
+            text += f", {to_base.median:.3f} ({low:.3f}–{high:.3f}) of {base}"
+            text += "" if entry["significant"] else ", not significant"
         assert isinstance(line["series"], dict)
         line["series"][who] = entry
         told.append(text)
@@ -80,8 +82,12 @@ def report(name: str, series: Mapping[str, Series], base: str | None = None, **s
 
 
 def _where() -> dict[str, str]:
-    model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"kernel": platform.release(), "cpu": model, "commit": commit, "rounds": str(ROUNDS)}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "kernel": platform.release(),
+        "cpu": model,
+        "commit": head.stdout.strip(),
+        "rounds": str(ROUNDS),
+    }

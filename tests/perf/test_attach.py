@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from bench_plane import Plane
 from harness.cgroup import Cgroup
 from harness.daemon import Netfenced
 from harness.topology import Topology, Workload
 from measure import FULL, Series, report
-
 from netfence.dataplane.plane import Static
 from netfence.dataplane.target import Direction, resolve_interface
 from netfence.policy.commands import BulkUpdate, CidrSpec, apply

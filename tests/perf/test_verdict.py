@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from bench_plane import Plane
 from frames import Frame
 from harness.topology import Topology
 from measure import FULL, compare, report
-
 from netfence.dataplane import links, rawprog
 from netfence.dataplane.plane import Static
 from netfence.dataplane.target import Direction, resolve_interface

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from netfence.control.filewatch import FileWatch
-from netfence.control.policyfile import PolicyFile, load_policy_file
+from netfence.control.policyfile import PolicyFile, Rule, load_policy_file
 from netfence.control.port import (
     AttachmentView,
     ConnectionState,
@@ -88,7 +88,7 @@ class LocalControl:
             except InvalidError as error:
                 _report(path, error.errors)
                 return
-            self._file = file
+            self._file = self._merged(file)
             _warn(file)
             changed, failed = await self._update_all()
             log.info("policy_file_loaded", file=str(path), rules=len(file.rules), updated=changed, failed=failed)
@@ -108,6 +108,17 @@ class LocalControl:
         """Refuse: a file decides no single names (`policyfile` accepts no DNS mode `proxy`)."""
         del attachment_id
         raise UnavailableError(f"ask about {name} {qtype}: DNS mode proxy needs control_plane.url")
+
+    def _merged(self, file: PolicyFile) -> PolicyFile:
+        """Return the new file with the old update of each rule that says the same: attachments share policies by it."""
+        old = (*self._file.rules, *([self._file.default] if self._file.default else []))
+        known = {rule.version: rule.update for rule in old}
+
+        def kept(rule: Rule) -> Rule:
+            return replace(rule, update=known.get(rule.version, rule.update))
+
+        default = kept(file.default) if file.default else None
+        return replace(file, rules=tuple(kept(rule) for rule in file.rules), default=default)
 
     async def _update_all(self) -> tuple[int, int]:
         """Apply what differs, one attachment after the other; return how many were updated and how many failed."""

@@ -7,18 +7,17 @@ Prints nothing but errors. Exit status 0: everything named in `PROGRAMS` is pinn
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
 import platform
 import re
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from netfence.dataplane import probe
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.links import obj_get, obj_pin
 from netfence.dataplane.maps import BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, Map, MapSpec, MapType
@@ -138,15 +137,9 @@ def open_or_make_maps(specs: list[MapSpec], directory: Path) -> dict[str, Map]:
     return maps
 
 
-def raise_memlock() -> None:
-    """Lift RLIMIT_MEMLOCK, against which kernels below 5.11 account maps; without the right to, leave it."""
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-
 def run(job: Job) -> None:
     """Do the job; raises whatever goes wrong, nothing half-written stays that a second run could not finish."""
-    raise_memlock()
+    probe.raise_memlock("compile the BPF programs")
     sources = Path(job.sources)
     os.environ["BCC_KERNEL_SOURCE"] = str(sources / "stubs")
     from bcc import BPF  # noqa: PLC0415 - a distribution package, wanted here alone

@@ -105,6 +105,8 @@ class DataPlane:
         """
 
         def blocking() -> tuple[Loaded, int]:
+            probe.require_capabilities("start the data plane")
+            probe.raise_memlock("start the data plane")
             probe.require_bpffs(bpffs_dir)
             lock_fd = _lock(bpffs_dir)
             try:

@@ -40,9 +40,13 @@ LEARNED: Final = frozenset({A, AAAA, SVCB, HTTPS})  # question types whose answe
 IPV4HINT: Final = 4
 IPV6HINT: Final = 6
 HINT_LENGTH: Final = {IPV4HINT: 4, IPV6HINT: 16}
+MAX_TTL: Final = 0x7FFFFFFF  # a greater TTL counts as 0 (RFC 2181 section 8)
 MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 _SHORTS = struct.Struct("!HH")
+_SHORT = struct.Struct("!H")
 _LONG = struct.Struct("!I")
+_NONE: Final = MAX_TTL + 1  # greater than any TTL: there was none
+_NOTHING: Final[frozenset[bytes]] = frozenset()
 
 
 class Answer(NamedTuple):
@@ -92,8 +96,34 @@ def scan(data: bytes, question_len: int, name: str, qtype: int, received: float)
     return scanner.finish(flags, (answers, authorities, extras), received)
 
 
+class _Found(NamedTuple):
+    """A record of the question's type in the answer section."""
+
+    owner: str
+    ttl: int
+    addresses: tuple[bytes, ...]
+    target: str  # of an SVCB or HTTPS record, "" for none
+
+
 class _Scanner:
     """The state of one `scan`."""
+
+    __slots__ = (
+        "_answer_ttl",
+        "_cnames",
+        "_data",
+        "_found",
+        "_name",
+        "_names",
+        "_offset",
+        "_opt_at",
+        "_opt_rcode",
+        "_qtype",
+        "_soa_s",
+        "_special",
+        "_start",
+        "_ttls",
+    )
 
     def __init__(self, data: bytes, offset: int, name: str, qtype: int) -> None:
         self._data = data
@@ -102,69 +132,78 @@ class _Scanner:
         self._qtype = qtype
         self._names: dict[int, str] = {HEADER_LEN: name}  # text of names by offset: owners are mostly the same pointer
         self._cnames: dict[str, tuple[str, int]] = {}  # owner: target, TTL
-        self._found: list[tuple[str, int, tuple[bytes, ...], str]] = []  # owner, TTL, addresses, SVCB target
+        self._found: list[_Found] = []
         self._ttls: list[tuple[int, int]] = []
         self._special: set[bytes] = set()
-        self._soa_s: int | None = None
-        self._answer_ttl: int | None = None
-        self._opt_at = -1
+        self._soa_s = _NONE
+        self._answer_ttl = _NONE
+        self._opt_at = 0
         self._opt_rcode = 0
 
     def read(self, answers: int, authorities: int, extras: int) -> None:
         """Read all sections; what is left over after them is garbage."""
         for _ in range(answers):
-            self._record(answer=True, extra=False)
+            self._record(answer=True)
         for _ in range(authorities):
-            self._record(answer=False, extra=False)
+            self._record(answer=False)
+        if self._opt_at:
+            raise WireError("OPT in the wrong section")
         for _ in range(extras):
-            self._record(answer=False, extra=True)
+            self._record(answer=False)
         if self._offset != len(self._data):
             raise WireError("octets after the last record")
 
     def _owner(self) -> tuple[str, int]:
         """Read the owner name at the cursor; return it and the offset after it."""
         data, offset = self._data, self._offset
-        if offset + 2 <= len(data) and data[offset] >= 192:
-            target = (data[offset] & 0x3F) << 8 | data[offset + 1]
-            if (name := self._names.get(target)) is None:
-                name, _ = read_name(data, offset)
-                self._names[target] = name
-            return name, offset + 2
-        return read_name(data, offset)
+        if data[offset] < 192:
+            return read_name(data, offset)
+        target = (data[offset] & 0x3F) << 8 | data[offset + 1]
+        name = self._names.get(target)
+        if name is None:
+            name = self._names[target] = read_name(data, offset)[0]
+        return name, offset + 2
 
-    def _record(self, *, answer: bool, extra: bool) -> None:
+    def _record(self, *, answer: bool) -> None:
         data, begin = self._data, self._offset
-        owner, offset = self._owner()
+        try:
+            owner, offset = self._owner()
+            rtype, rclass, ttl, length = RECORD.unpack_from(data, offset)
+        except (IndexError, struct.error):
+            raise WireError("record cut short") from None
         rdata = offset + RECORD_LEN
-        if rdata > len(data):
-            raise WireError("record cut short")
-        rtype, rclass, ttl, length = RECORD.unpack_from(data, offset)
-        end = rdata + length
+        self._offset = end = rdata + length
         if end > len(data):
             raise WireError("RDATA runs past the end")
-        self._offset = end
         if rtype == OPT:
-            if not extra or self._opt_at >= 0 or offset != begin + 1:
-                raise WireError("OPT in the wrong place, or not at the root")
+            if self._opt_at or offset != begin + 1:
+                raise WireError("two OPT records, or one that is not at the root")
             self._opt_at = begin
             self._opt_rcode = ttl >> 24
             return
-        if ttl & 0x80000000:
+        if ttl > MAX_TTL:
             ttl = 0
         self._ttls.append((offset + 4, ttl))
-        if answer and (self._answer_ttl is None or ttl < self._answer_ttl):
+        if answer and ttl < self._answer_ttl:
             self._answer_ttl = ttl
-        if rclass == IN:
-            self._data_of(owner, rtype, ttl, rdata, end, answer=answer)
-
-    def _data_of(self, owner: str, rtype: int, ttl: int, rdata: int, end: int, *, answer: bool) -> None:
-        """Note what the RDATA of an IN record means for us."""
-        data = self._data
-        if rtype in (A, AAAA):
-            if end - rdata != (4 if rtype == A else 16):
+        if rclass != IN:
+            return
+        if rtype == A or rtype == AAAA:  # noqa: PLR1714 - a tuple costs more than the rest of the line
+            if length != (4 if rtype == A else 16):
                 raise WireError("address of the wrong length")
-            self._address(owner, rtype, ttl, (normal(data[rdata:end]),), "", answer=answer)
-        elif rtype == CNAME:
+            address = data[rdata:end] if rtype == A else normal(data[rdata:end])
+            if is_special(address):
+                self._special.add(address)
+            if answer and rtype == self._qtype:
+                self._found.append(_Found(owner, ttl, (address,), ""))
+        else:
+            self._rarer(owner, rtype, ttl, (rdata, end), answer=answer)
+
+    def _rarer(self, owner: str, rtype: int, ttl: int, span: tuple[int, int], *, answer: bool) -> None:
+        """Note what the RDATA of a record other than A and AAAA means for us; it takes the octets of `span`."""
+        data = self._data
+        rdata, end = span
+        if rtype == CNAME:
             target, after = read_name(data, rdata)
             if after != end:
                 raise WireError("CNAME of the wrong length")
@@ -172,51 +211,54 @@ class _Scanner:
                 raise WireError("two CNAMEs for one name")
         elif rtype in (SVCB, HTTPS):
             target, hints = read_svcb(data[rdata:end])
-            self._address(owner, rtype, ttl, hints, target, answer=answer)
+            self._special.update(filter(is_special, hints))
+            if answer and rtype == self._qtype:
+                self._found.append(_Found(owner, ttl, hints, target))
         elif rtype == SOA and not answer:
             if end - rdata < 22:
                 raise WireError("SOA too short")
             (minimum,) = _LONG.unpack_from(data, end - 4)
-            self._soa_s = min(ttl, minimum)
-
-    def _address(
-        self, owner: str, rtype: int, ttl: int, addresses: tuple[bytes, ...], target: str, *, answer: bool
-    ) -> None:
-        self._special.update(filter(is_special, addresses))
-        if answer and rtype == self._qtype:
-            self._found.append((owner, ttl, addresses, target))
+            self._soa_s = min(ttl, minimum if minimum <= MAX_TTL else 0)
 
     def finish(self, flags: int, counts: tuple[int, int, int], received: float) -> Answer:
         """Follow the chain and make the value."""
         rcode = flags & 15 | self._opt_rcode << 4
-        chain, linked, least = self._follow()
-        addresses: dict[bytes, None] = {}
+        chain, linked, least = self._follow() if self._cnames else ((), (self._name,), MAX_TTL)
+        addresses: list[bytes] = []
         matched = False
-        targets: list[str] = []
         for owner, ttl, found, target in self._found:
             if owner in linked:
                 matched = True
                 least = min(least, ttl)
-                addresses.update(dict.fromkeys(found))
+                addresses += found
                 if target:
-                    targets.append(target)
-        end, counts = self._relayed(counts)
+                    chain += (target,)
+        end = self._offset
+        if self._opt_at:
+            # A record of another kind behind OPT: it cannot be cut off.
+            end = self._opt_at if self._opt_at + 1 + RECORD_LEN + self._opt_length() == end else 0
+            counts = (counts[0], counts[1], counts[2] - 1)
+        truncated = bool(flags & TC)
         return Answer(
-            raw=self._data,
-            rcode=rcode,
-            authentic=bool(flags & AD),
-            truncated=bool(flags & TC),
-            start=self._start,
-            end=end,
-            counts=counts,
-            ttls=tuple(self._ttls),
-            chain=(*chain, *targets),
-            addresses=tuple(addresses),
-            special=frozenset(self._special),
-            ttl_s=least,
-            life_s=self._life(rcode, truncated=bool(flags & TC), positive=matched or self._unread(counts)),
-            received=received,
+            self._data,
+            rcode,
+            bool(flags & AD),
+            truncated,
+            self._start,
+            end,
+            counts,
+            tuple(self._ttls),
+            chain,
+            tuple(dict.fromkeys(addresses)),
+            frozenset(self._special) if self._special else _NOTHING,
+            least,
+            0.0 if truncated else self._life(rcode, positive=matched or self._unread(counts)),
+            received,
         )
+
+    def _opt_length(self) -> int:
+        length: int = _SHORT.unpack_from(self._data, self._opt_at + 9)[0]
+        return length
 
     def _unread(self, counts: tuple[int, int, int]) -> bool:
         """Tell whether the answer holds records of a type that was asked for and that we do not look into."""
@@ -224,39 +266,25 @@ class _Scanner:
             return False
         return counts[0] > len(self._cnames) or (self._qtype == CNAME and bool(self._cnames))
 
-    def _follow(self) -> tuple[list[str], set[str], int]:
-        """Return the chain's names after the question's, all its names as a set, and the least TTL on it."""
-        chain: list[str] = []
-        linked = {self._name}
-        least = 0x7FFFFFFF
-        name = self._name
-        while (step := self._cnames.get(name)) is not None:
+    def _follow(self) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+        """Return the chain's names after the question's, all its names, and the least TTL on it."""
+        linked = [self._name]
+        least = MAX_TTL
+        while (step := self._cnames.get(linked[-1])) is not None:
             name, ttl = step
-            if name in linked or len(chain) == MAX_CHAIN:
+            if name in linked or len(linked) > MAX_CHAIN:
                 raise WireError("CNAME chain loops or is too long")
-            chain.append(name)
-            linked.add(name)
+            linked.append(name)
             least = min(least, ttl)
-        return chain, linked, least
+        return tuple(linked[1:]), tuple(linked), least
 
-    def _relayed(self, counts: tuple[int, int, int]) -> tuple[int, tuple[int, int, int]]:
-        """Return where the records without OPT end (0: cannot be cut out) and their counts."""
-        if self._opt_at < 0:
-            return self._offset, counts
-        after = self._opt_at + 1 + RECORD_LEN + _SHORTS.unpack_from(self._data, self._opt_at + 7)[1]
-        end = self._opt_at if after == len(self._data) else 0
-        return end, (counts[0], counts[1], counts[2] - 1)
-
-    def _life(self, rcode: int, *, truncated: bool, positive: bool) -> float:
+    def _life(self, rcode: int, *, positive: bool) -> float:
         """Return how many seconds the answer may be cached."""
-        if truncated or rcode not in (NOERROR, NXDOMAIN):
-            return 0.0
         if rcode == NOERROR and positive:
-            return float(self._answer_ttl or 0)
-        if self._soa_s is None or self._soa_s & 0x80000000:
+            return float(self._answer_ttl)
+        if rcode not in (NOERROR, NXDOMAIN) or self._soa_s == _NONE:
             return 0.0
-        negative = min(float(self._soa_s), MAX_NEGATIVE_S)
-        return negative if self._answer_ttl is None else min(negative, float(self._answer_ttl))
+        return float(min(self._soa_s, self._answer_ttl, MAX_NEGATIVE_S))
 
 
 def normal(address: bytes) -> bytes:

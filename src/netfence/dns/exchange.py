@@ -56,8 +56,8 @@ class _Exchange:
 
     __slots__ = ("bad", "deadline", "done", "ident", "question", "sock")
 
-    def __init__(self, sock: socket.socket, ident: bytes, question: bytes, deadline: float, done: Done) -> None:
-        self.sock: socket.socket | None = sock
+    def __init__(self, sock: socket.SocketType, ident: bytes, question: bytes, deadline: float, done: Done) -> None:
+        self.sock: socket.SocketType | None = sock
         self.ident = ident
         self.question = question
         self.deadline = deadline
@@ -87,7 +87,7 @@ class UdpExchanger:
         """
         loop, epoll = self._ready()
         ident = new_id()
-        sock = socket.socket(upstream.family, _UDP)
+        sock = socket.SocketType(upstream.family, _UDP)  # the C type: half the time of socket.socket
         try:
             sock.connect(upstream.address)
             sock.send(ident + query[2:])
@@ -134,7 +134,7 @@ class UdpExchanger:
             if exchange is not None and exchange.sock is not None:
                 self._receive(exchange, exchange.sock)
 
-    def _receive(self, exchange: _Exchange, sock: socket.socket) -> None:
+    def _receive(self, exchange: _Exchange, sock: socket.SocketType) -> None:
         """Take one datagram or socket error of an exchange."""
         try:
             data = sock.recv(MAX_UPSTREAM_DATAGRAM)
@@ -151,7 +151,7 @@ class UdpExchanger:
         if exchange.bad >= MAX_BAD_DATAGRAMS:
             self._finish(exchange, sock, None, SPOOFED)
 
-    def _finish(self, exchange: _Exchange, sock: socket.socket, data: bytes | None, why: str) -> None:
+    def _finish(self, exchange: _Exchange, sock: socket.SocketType, data: bytes | None, why: str) -> None:
         del self._live[sock.fileno()]
         sock.close()  # which also takes it out of the epoll set
         exchange.sock = None

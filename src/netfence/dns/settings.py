@@ -67,3 +67,9 @@ def upstream_of(text: str) -> Upstream:
     if ":" in host:
         return Upstream(text, socket.AF_INET6, (host, port, 0, 0))
     return Upstream(text, socket.AF_INET, (host, port))
+
+
+@lru_cache(maxsize=256)
+def upstreams_of(texts: tuple[str, ...]) -> tuple[Upstream, ...]:
+    """Return the upstreams that a policy's texts mean; ValueError with the reason."""
+    return tuple(upstream_of(text) for text in texts)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -23,7 +22,7 @@ from netfence.dns.cache import CacheKey
 from netfence.dns.exchange import SPOOFED, UdpExchanger, ask_tcp
 from netfence.dns.limits import MAX_FLIGHTS, MAX_FREE_FLIGHTS, RESOLVE_DEADLINE_S
 from netfence.dns.message import upstream_query
-from netfence.dns.settings import DnsSettings, Upstream, upstream_of
+from netfence.dns.settings import DnsSettings, Upstream, upstreams_of
 from netfence.dns.wire import REFUSED, SERVFAIL, Query, WireError
 from netfence.errors import ExhaustedError, NetfenceError, UnavailableError
 
@@ -41,7 +40,7 @@ class Resolver:
         self.attempts = settings.attempts
         self.udp = UdpExchanger(settings.timeout_s)
         self._flights: dict[CacheKey, _Flight] = {}
-        self._by_owner: Counter[object] = Counter()
+        self._by_owner: dict[object, int] = {}  # flights charged to each
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -62,17 +61,17 @@ class Resolver:
             done(error)
             return
         self._flights[key] = flight
-        self._by_owner[owner] += 1
+        self._by_owner[owner] = self._by_owner.get(owner, 0) + 1
         flight.waiters.append(done)
         flight.next_try()
 
     def _prepare(self, key: CacheKey, query: Query, owner: object) -> _Flight:
         """Make the flight of a question; raises ExhaustedError or UnavailableError."""
         total = len(self._flights)
-        if total >= MAX_FLIGHTS or (total >= MAX_FREE_FLIGHTS and self._by_owner[owner]):
+        if total >= MAX_FLIGHTS or (total >= MAX_FREE_FLIGHTS and owner in self._by_owner):
             raise ExhaustedError(f"ask upstream: {total} questions are waiting for answers already")
         try:
-            upstreams = [upstream_of(text) for text in key.upstreams]
+            upstreams = upstreams_of(key.upstreams)
         except ValueError as error:
             raise UnavailableError(f"ask upstream: {error}") from None
         if not upstreams:
@@ -81,10 +80,13 @@ class Resolver:
 
     def land(self, flight: _Flight) -> None:
         """Take a finished flight out of the air."""
-        if self._flights.pop(flight.key, None) is not None:
-            self._by_owner[flight.owner] -= 1
-            if not self._by_owner[flight.owner]:
-                del self._by_owner[flight.owner]
+        if self._flights.pop(flight.key, None) is None:
+            return
+        left = self._by_owner[flight.owner] - 1
+        if left:
+            self._by_owner[flight.owner] = left
+        else:
+            del self._by_owner[flight.owner]
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` as a task that we keep, end with us, and whose failure is logged."""
@@ -115,7 +117,8 @@ class _Flight:
         "_again",
         "_current",
         "_deadline",
-        "_left",
+        "_next",
+        "_queue",
         "_name",
         "_packet",
         "_qtype",
@@ -129,7 +132,7 @@ class _Flight:
     )
 
     def __init__(
-        self, resolver: Resolver, key: CacheKey, query: Query, owner: object, upstreams: list[Upstream]
+        self, resolver: Resolver, key: CacheKey, query: Query, owner: object, upstreams: tuple[Upstream, ...]
     ) -> None:
         self.key = key
         self.owner = owner
@@ -139,7 +142,8 @@ class _Flight:
         self._qtype = query.qtype
         self._question = key.question
         self._packet = upstream_query(key.question, do=key.do, cd=key.cd)
-        self._left = deque(upstreams)
+        self._queue: Sequence[Upstream] = upstreams  # of this round
+        self._next = 0
         self._again: list[Upstream] = []  # did not answer in this round
         self._rounds = resolver.attempts
         self._deadline = self._resolver.clock() + RESOLVE_DEADLINE_S
@@ -149,13 +153,13 @@ class _Flight:
     def next_try(self) -> None:
         """Ask the next upstream, or give up."""
         while self._resolver.clock() < self._deadline:
-            if not self._left:
+            if self._next == len(self._queue):
                 self._rounds -= 1
                 if self._rounds <= 0 or not self._again:
                     break
-                self._left.extend(self._again)
-                self._again.clear()
-            self._current = self._left.popleft()
+                self._queue, self._again, self._next = self._again, [], 0
+            self._current = self._queue[self._next]
+            self._next += 1
             try:
                 self._resolver.udp.send(self._current, self._packet, self._question, self._on_udp)
             except OSError as error:

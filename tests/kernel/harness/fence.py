@@ -180,8 +180,6 @@ class Fence:
         self.plane: DataPlane = self.run(
             DataPlane.open(mounted / "netfence", data_dir, start_mode, max_leases_total=4096, tcx=tcx)
         )
-        with topology.host.inside():
-            self.plane.set_host_addresses(host_addresses())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine of the data plane; threads it starts are born in the topology's host."""
@@ -209,6 +207,8 @@ class Fence:
         slot = self.plane.allocate_slot()
         defaults = {"dns_address": packed(OWN_DNS[0]), "dns_port": OWN_DNS[1] + slot - 1}
         static = replace(Static(packed(OWN_DNS[0]), OWN_DNS[1]), **{**defaults, **fixed})
+        with self.topology.host.inside():
+            self.plane.set_host_addresses(host_addresses())  # the daemon does so whenever they change
         made = Attachment(self, slot, f"t{next(self._numbers)}", target, direction, static)
         try:
             made.mechanism = self.run(self.plane.attach(slot, target, static, direction, made.name))

@@ -135,6 +135,15 @@ def test_a_reload_reaches_only_those_whose_rule_changed(tmp_path: Path) -> None:
     on_bench(tmp_path / "p.yaml", work)
 
 
+def test_an_edit_elsewhere_keeps_the_very_update_of_a_rule(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        before = await bench.control.subscribe(VETH)
+        await bench.reload(TAP_CHANGED)
+        assert (await bench.control.subscribe(VETH)).update is before.update
+
+    on_bench(tmp_path / "p.yaml", work)
+
+
 def test_a_running_ttl_is_not_begun_anew_by_an_edit_elsewhere(tmp_path: Path) -> None:
     timed = TWO.replace('"192.0.2.0/24"', '{cidr: "192.0.2.0/24", ttl: 1h}')
 
@@ -192,7 +201,7 @@ def test_who_is_gone_gets_nothing(tmp_path: Path) -> None:
         bench.host.failures["t"] = NotFoundError("gone meanwhile")
         await bench.reload("default: {mode: disabled}")
         bench.host.failures.clear()
-        await bench.reload("default: {mode: denylist}")
+        await bench.reload("default: {mode: disabled, audit: true}")
         assert bench.host.told == []
 
     on_bench(tmp_path / "p.yaml", work)

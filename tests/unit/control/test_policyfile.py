@@ -158,7 +158,7 @@ defualt: 1
         ("default: {mode: denylist, dns: {allow: []}}", "p.yaml:1: default.dns.mode: missing"),
         ("default: {mode: denylist, allow_cidrs: [[]]}", "p.yaml:1: default.allow_cidrs[0]: must be a mapping"),
         ("default: {mode: denylist, allow_cidrs: [~]}", "p.yaml:1: default.allow_cidrs[0]: must be a mapping"),
-        ("default:\n  mode: denylist\n  dns: {mode: denylist, deny: [{domain: x, s: y}]}", "p.yaml:3: default.dns.deny"),
+        ("default:\n  mode: disabled\n  dns: {mode: denylist, deny: [{do: x}]}", "p.yaml:3: default.dns.deny[0].do"),
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip

@@ -20,6 +20,7 @@ from tests.unit.dns.world import (
     question,
     rcode,
     run,
+    start,
     tcp_exchange,
     udp_exchange,
     until,
@@ -777,7 +778,7 @@ def test_attachments_with_the_same_upstreams_share_answers_but_not_policies_or_l
         async with world(policy(allow=["a.org"]), ZONE) as w, world(policy(allow=["a.org"]), ZONE) as unused:
             other = unused.gate
             server = DnsServer(other, w.settings, w.cache, w.resolver, w.clock)
-            await server.start("127.0.0.1", 0)
+            await start(server)
             try:
                 await w.ask("a.org")
                 query = question("a.org", edns=1232)
@@ -860,7 +861,7 @@ def test_serves_on_ipv6() -> None:
     async def go() -> None:
         async with world(policy(allow=["a.org"]), ZONE) as w:
             server = DnsServer(w.gate, w.settings, w.cache, w.resolver, w.clock)
-            await server.start("::1", 0)
+            await start(server, "::1")
             try:
                 raw = (await udp_exchange(server.port, question("a.org", edns=1232), address="::1"))[0]
                 assert addresses(DNSRecord.parse(raw)) == [PUBLIC]
@@ -883,6 +884,7 @@ def test_close_leaves_waiting_queries_unanswered_and_frees_the_port() -> None:
             assert w.gate.learned == []
             again = DnsServer(w.gate, w.settings, w.cache, w.resolver, w.clock)
             await again.start("127.0.0.1", w.server.port)
+            assert again.port == w.server.port
             await again.close()
 
     run(go())

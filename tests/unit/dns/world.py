@@ -6,6 +6,7 @@ Sockets are real, on 127.0.0.1 and ports that the kernel picks; nothing here nee
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
@@ -138,6 +139,34 @@ def deciding(decision: Decision) -> Callable[[str, str], Coroutine[Any, Any, Dec
     return decide
 
 
+def bound_pair() -> tuple[socket.socket, socket.socket]:
+    """Return a UDP and a TCP socket on the same port of 127.0.0.1.
+
+    A port free for one may be taken for the other (a client's, in TIME_WAIT), so more than one is tried.
+    """
+    for _ in range(50):
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            udp.bind(("127.0.0.1", 0))
+            tcp.bind(udp.getsockname())
+        except OSError:
+            udp.close()
+            tcp.close()
+        else:
+            return udp, tcp
+    raise AssertionError("no port is free for UDP and TCP")
+
+
+async def start(server: DnsServer, address: str = "127.0.0.1") -> None:
+    """Start a server on some port that is free for UDP and TCP."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            await server.start(address, 0)
+            return
+    raise AssertionError("no port is free for UDP and TCP")
+
+
 UdpScript = Callable[[bytes], Iterable[bytes]]
 TcpScript = Callable[[bytes], bytes | None]
 
@@ -199,9 +228,8 @@ class FakeUpstream:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[FakeUpstream]:
         loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.bind(("127.0.0.1", 0))
-        self.port = sock.getsockname()[1]
+        udp, tcp = bound_pair()
+        self.port = udp.getsockname()[1]
         upstream = self
 
         class Protocol(asyncio.DatagramProtocol):
@@ -213,8 +241,8 @@ class FakeUpstream:
                 upstream.peers.append(addr[1])
                 upstream.keep(upstream.send(self.transport, data, addr))
 
-        transport, _ = await loop.create_datagram_endpoint(Protocol, sock=sock)
-        server = await asyncio.start_server(self._stream, "127.0.0.1", self.port)
+        transport, _ = await loop.create_datagram_endpoint(Protocol, sock=udp)
+        server = await asyncio.start_server(self._stream, sock=tcp)
         try:
             yield self
         finally:
@@ -319,7 +347,7 @@ async def world(
         clock = Clock()
         gate, cache, resolver = FakeGate(rules_), SharedCache(chosen.max_lease_s), Resolver(chosen, clock)
         server = DnsServer(gate, chosen, cache, resolver, clock)
-        await server.start("127.0.0.1", 0)
+        await start(server)
         try:
             yield World(gate, upstream, server, resolver, cache, clock, chosen)
         finally:
