@@ -166,7 +166,8 @@ static __always_inline int decide(const struct packet *packet, __u64 slot, const
     __u64 length = 0;
     if (packet->arp)
         return REASON_ARP;
-    if (is_foreign_dns(packet, slot, config)) /* first: by default it listens on the loopback, which else always passes */
+    /* First: by default DNS servers listen on the loopback, which else always passes from a cgroup. */
+    if (is_foreign_dns(packet, slot, config))
         return REASON_FOREIGN_DNS;
     int reason = always_passes(packet, config, mode);
     if (reason != NONE)
@@ -274,7 +275,8 @@ static __always_inline int parse(struct __sk_buff *skb, int hook, const struct c
 {
     int reason = REASON_UNREADABLE;
     for (int i = 0; i < 2; i++) {
-        struct cursor cursor = {.data = (void *)(long)skb->data, .end = (void *)(long)skb->data_end};
+        struct cursor cursor = {
+            .data = (void *)(long)skb->data, .end = (void *)(long)skb->data_end, .length = skb->len};
         int l3 = hook == HOOK_CGROUP || (config->flags & NF_FLAG_L3);
         int tags = hook == HOOK_TC && skb->vlan_present ? 1 : 0;
         __builtin_memset(&packet->source_port, 0, sizeof(*packet) - __builtin_offsetof(struct packet, source_port));

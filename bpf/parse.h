@@ -29,6 +29,7 @@
 #define PROTO_HIP 139
 #define PROTO_SHIM6 140
 
+#define IPV4_MAX_LENGTH 65535
 #define IPV4_FRAGMENT_MASK 0x3fff /* more-fragments and offset */
 #define IPV4_OFFSET_MASK 0x1fff
 #define IPV4_OPT_END 0
@@ -47,6 +48,7 @@ struct cursor {
     void *data;
     void *end;
     __u64 offset;
+    __u64 length; /* of the whole packet, what is not linear included */
 };
 
 #define MAX_OFFSET 2047
@@ -237,7 +239,10 @@ static __always_inline int parse_ipv4(struct cursor *cursor, struct packet *pack
     if (ip->version_ihl >> 4 != 4)
         return REASON_NOT_IP;
     __u64 header_bytes = (ip->version_ihl & 15) * 4;
-    if (header_bytes < sizeof(*ip) || bpf_ntohs(ip->total_length) < header_bytes)
+    if (header_bytes < sizeof(*ip))
+        return REASON_TRUNCATED;
+    /* 0 where the packet is longer than the field can say: "BIG TCP" (Linux 6.3) before it is cut into segments */
+    if (bpf_ntohs(ip->total_length) < header_bytes && (ip->total_length || cursor->length <= IPV4_MAX_LENGTH))
         return REASON_TRUNCATED;
     __u16 fragment = bpf_ntohs(ip->fragment);
     mapped_address(&packet->source, ip->source);

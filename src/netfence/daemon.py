@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, cast
+from typing import Any
 
 import structlog
 import uvloop
@@ -102,8 +102,7 @@ class _Process:
             stack.push_async_callback(store.close)
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
-            opened = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
-            plane = cast("Kernel", opened)  # `open` makes one of the class it is called on
+            plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
             stack.push_async_callback(plane.close, detach=detach)
             dns = dns_settings(config)
             resolver = Resolver(dns)

@@ -34,6 +34,10 @@ class LeaseKernel(Protocol):
         """Close these packed addresses."""
         ...
 
+    def shorten_lease(self, slot: int, address: bytes, expiry: float) -> None:
+        """Let the lease of this packed address end at `expiry`."""
+        ...
+
     async def sweep(self, slot: int) -> set[bytes]:
         """Remove leases that pass nothing any more and return their packed addresses."""
         ...
@@ -110,8 +114,7 @@ class Leases:
         free = self._book.drop_names(lambda holder: holder not in denied, lambda *lease: shortened.append(lease))
         self._kernel.close_leases(self._slot, free)
         for address, expiry in shortened:  # another name holds it still, but not for so long
-            self._kernel.close_leases(self._slot, [address])
-            self._kernel.open_leases(self._slot, [address], expiry)
+            self._kernel.shorten_lease(self._slot, address, expiry)
 
     def _make_room(self, addresses: Sequence[bytes], now: float) -> None:
         book, limit = self._book, self._limits.max_leases

@@ -106,3 +106,26 @@ EMPTY_ALLOWLIST = apply(
     BulkUpdate(mode=int(Mode.ALLOWLIST), allow_cidrs=[], deny_cidrs=[], dns=None, audit=False),
     time.monotonic(),
 )
+
+
+def test_a_lease_is_shortened_and_opened_again(topology: Topology, directory: Path) -> None:
+    workload = topology.add_veth()
+    address = bytes([203, 0, 113, 80])
+    with topology.host.inside(), asyncio.Runner() as runner:
+        target = resolve_interface(workload.host_if)
+        plane = runner.run(_open_with(directory, None))
+        slot = plane.allocate_slot()
+        runner.run(plane.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(plane.apply(slot, EMPTY_ALLOWLIST, None))
+        plane.open_leases(slot, [address], time.monotonic() + 3600)
+        assert topology.arrived(workload, UDP4, OTHER) == 3
+        plane.open_leases(slot, [address], time.monotonic() + 1)  # a renewal never shortens
+        plane.shorten_lease(slot, address, time.monotonic())
+        assert topology.arrived(workload, UDP4, OTHER) == 0
+        plane.open_leases(slot, [address], time.monotonic() + 3600)
+        assert topology.arrived(workload, UDP4, OTHER) == 3
+        plane.close_leases(slot, [address])
+        plane.shorten_lease(slot, address, time.monotonic() + 3600)  # closed: nothing to shorten, nothing opened
+        assert topology.arrived(workload, UDP4, OTHER) == 0
+        runner.run(plane.detach(slot, target, "one"))
+        runner.run(plane.close(detach=True))

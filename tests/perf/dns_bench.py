@@ -1,10 +1,13 @@
 """Benchmark of the DNS path: our server, dnsmasq and unbound in turn, client, server and upstream on one CPU.
 
 Run: ``python tests/perf/dns_bench.py [--rounds 7] [--seconds 2] [--cpu 0] [--json FILE] [--smoke]``; needs dnsperf,
-dnsmasq and unbound, no root. Names say path and state:
+dnsmasq, unbound and nft, no root: it runs itself in a network namespace of its own (and a user namespace, for a plain
+user), where dnsmasq may have an nftables set to fill. Where the kernel forbids that, it runs without and says so.
+Names say path and state:
 
 - ``dns-answer-warm``: 100 names with TTL 3600, all caches full; ours, dnsmasq, unbound.
-- ``dns-answer-cold``: the same with TTL 0, so that every query goes to the local unbound; ours, ``dnsmasq --cache-size=0``.
+- ``dns-answer-cold``: the same with TTL 0, so that every query goes to the local unbound and every answer opens its
+  address; ours, ``dnsmasq --nftset --cache-size=0`` (the goal is set against this one), and dnsmasq without the set.
 - ``dns-refused``: 100 names that the policy denies; ours alone.
 
 Contestants alternate within each round. Reported: median, spread (least and most), ratio of medians, "not
@@ -34,10 +37,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import measure
+
 NAMES = 100
 OUTSTANDING = 20
 WARM_TTL_S = 3600
-GOALS = {("dns-answer-warm", "dnsmasq"): 0.7, ("dns-answer-cold", "dnsmasq"): 0.5}
+GOALS = {("dns-answer-warm", "dnsmasq"): 0.7, ("dns-answer-cold", "dnsmasq-nftset"): 0.5}
+INSIDE = "NETFENCE_DNS_BENCH_INSIDE"  # set in the re-executed process: its namespace is its own
+NFT_SET = "/bench.example/4#inet#bench#s4"
 
 
 def free_port() -> int:
@@ -82,13 +89,13 @@ def serve(port: int, upstream: str) -> None:
                 self.leases.hold(name, address, expiry)
             self.counts["learned"] += 1
 
-        def note_query(self, allowed: bool) -> None:  # noqa: FBT001
+        def note_query(self, allowed: bool) -> None:
             self.counts["allowed" if allowed else "blocked"] += 1
 
         def note_audit(self, name: str, addresses: Sequence[bytes], why: str) -> None:
             raise NotImplementedError
 
-        async def ask_control_plane(self, name: str, qtype: str) -> Any:  # noqa: ANN401
+        async def ask_control_plane(self, name: str, qtype: str) -> Any:
             raise NotImplementedError
 
     async def run() -> None:
@@ -160,12 +167,41 @@ def unbound_config(directory: Path, port: int) -> Path:
     return path
 
 
-def dnsmasq_command(port: int, upstream_port: int, cache_size: int) -> list[str]:
-    """Return the command of a dnsmasq that forwards to the upstream."""
+def enter_namespace() -> None:
+    """Run ourselves again in a network namespace of our own; returns there, and where none can be had."""
+    if INSIDE in os.environ:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        return
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    unshare = ["unshare", *user, "--net"]
+    if shutil.which("nft") and subprocess.run([*unshare, "nft", "list", "tables"], check=False).returncode == 0:
+        os.environ[INSIDE] = "1"
+        os.execvp(unshare[0], [*unshare, sys.executable, *sys.argv])
+
+
+def make_nft_set() -> bool:
+    """Make the set that dnsmasq fills; False when we are not in a namespace of our own."""
+    if INSIDE not in os.environ:
+        return False
+    rules = "add table inet bench\nadd set inet bench s4 { type ipv4_addr; flags timeout; timeout 1h; }\n"
+    subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+    return True
+
+
+def nft_elements() -> int:
+    """Count the addresses that dnsmasq opened."""
+    text = subprocess.run(["nft", "list", "set", "inet", "bench", "s4"], capture_output=True, text=True, check=True)
+    return text.stdout.count(" expires ")
+
+
+def dnsmasq_command(port: int, upstream_port: int, cache_size: int, *, nftset: bool = False) -> list[str]:
+    """Return the command of a dnsmasq that forwards to the upstream and, with `nftset`, adds answers to the set."""
     return [
         "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file=",
         f"--server=127.0.0.1#{upstream_port}", f"--port={port}", "--listen-address=127.0.0.1", "--bind-interfaces",
-        f"--cache-size={cache_size}", "--log-facility=-", f"--user={os.environ.get('USER', '')}",
+        f"--cache-size={cache_size}", "--log-facility=-",
+        *(["--user=root", "--group=root"] if os.geteuid() == 0 else []),  # the only ones in a user namespace
+        *([f"--nftset={NFT_SET}"] if nftset else []),
     ]  # fmt: skip
 
 
@@ -235,7 +271,7 @@ class Series:
 
 
 def report(series: list[Series], ours: str = "netfence") -> dict[str, Any]:
-    """Print a table and return it as data: medians, spreads, ratios of ours to each other contestant."""
+    """Print a table and return it as data: medians, spreads, ratios of ours to each other contestant, round by round."""
     out: dict[str, Any] = {}
     for one in series:
         entry: dict[str, Any] = {
@@ -244,16 +280,17 @@ def report(series: list[Series], ours: str = "netfence") -> dict[str, Any]:
         }
         base = next(s for s in series if s.bench == one.bench and s.contestant == ours)
         if one is not base:
-            ratio = base.median / one.median
-            overlap = min(base.qps) <= max(one.qps) and min(one.qps) <= max(base.qps)
-            entry |= {"ratio_of_ours": round(ratio, 3), "significant": not overlap}
+            paired = measure.ratio(measure.Series("", base.qps), measure.Series("", one.qps))
+            low, high = paired.spread
+            entry |= {"ratio_of_ours": round(paired.median, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
+            entry["significant"] = not low <= 1 <= high
             goal = GOALS.get((one.bench, one.contestant))
             if goal is not None:
-                entry |= {"goal": goal, "met": ratio >= goal}
+                entry |= {"goal": goal, "met": paired.median >= goal}
         out.setdefault(one.bench, {})[one.contestant] = entry
         words = " ".join(f"{key}={value}" for key, value in entry.items() if key != "significant")
         print(
-            f"{one.bench:16} {one.contestant:9} {words}{'' if entry.get('significant', True) else ' not significant'}"
+            f"{one.bench:16} {one.contestant:14} {words}{'' if entry.get('significant', True) else ' not significant'}"
         )
     return out
 
@@ -272,7 +309,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start all contestants, run the rounds, check the work, return the figures."""
     for tool in ("dnsperf", "dnsmasq", "unbound", "taskset"):
         if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
@@ -285,20 +322,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for kind in ("warm", "cold", "denied"):
             files[kind] = directory / kind
             files[kind].write_text("".join(f"h{n}.{kind}.bench.example A\n" for n in range(NAMES)))
-        ports = {name: free_port() for name in ("unbound", "netfence", "dnsmasq", "dnsmasq-uncached")}
+        nftset = make_nft_set()
+        ports = {name: free_port() for name in ("unbound", "netfence", "dnsmasq", "dnsmasq-cold", "dnsmasq-nftset")}
         config = unbound_config(directory, ports["unbound"])
         stack.enter_context(running(cpu, ["unbound", "-d", "-c", str(config)], ports["unbound"]))
         command = [sys.executable, __file__, "--serve", str(ports["netfence"]), f"127.0.0.1:{ports['unbound']}"]
         ours = stack.enter_context(running(cpu, command, ports["netfence"]))
-        for name, size in (("dnsmasq", 10_000), ("dnsmasq-uncached", 0)):
-            masq = dnsmasq_command(ports[name], ports["unbound"], size)
+        for name, size in (("dnsmasq", 10_000), ("dnsmasq-cold", 0), ("dnsmasq-nftset", 0)):
+            masq = dnsmasq_command(ports[name], ports["unbound"], size, nftset=nftset and name == "dnsmasq-nftset")
             stack.enter_context(running(cpu, masq, ports[name]))
         series = [
             Series("dns-answer-warm", "netfence", ports["netfence"], files["warm"]),
             Series("dns-answer-warm", "dnsmasq", ports["dnsmasq"], files["warm"]),
             Series("dns-answer-warm", "unbound", ports["unbound"], files["warm"]),
             Series("dns-answer-cold", "netfence", ports["netfence"], files["cold"]),
-            Series("dns-answer-cold", "dnsmasq", ports["dnsmasq-uncached"], files["cold"]),
+            Series("dns-answer-cold", "dnsmasq", ports["dnsmasq-cold"], files["cold"]),
+            *([Series("dns-answer-cold", "dnsmasq-nftset", ports["dnsmasq-nftset"], files["cold"])] if nftset else []),
             Series("dns-refused", "netfence", ports["netfence"], files["denied"], rcode="REFUSED"),
         ]
         for one in series:
@@ -309,7 +348,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ours.terminate()
         counts = json.loads(ours.communicate(timeout=10)[0])
         check(series, counts)
-        return {"counts": counts, "benchmarks": report(series)}
+        if nftset and nft_elements() < NAMES:
+            raise SystemExit(f"dnsmasq opened {nft_elements()} of {NAMES} addresses")
+        return {"nftset": nftset, "counts": counts, "benchmarks": report(series)}
 
 
 def check(series: list[Series], counts: dict[str, int]) -> None:
@@ -337,9 +378,10 @@ def main() -> None:
     if arguments.serve:
         serve(int(arguments.serve[0]), arguments.serve[1])
         return
+    enter_namespace()
     if arguments.smoke:
         arguments.rounds, arguments.seconds = 1, 0.3
-    line = json.dumps({"name": "dns", "time": int(time.time())} | facts(arguments) | measure(arguments))
+    line = json.dumps({"name": "dns", "time": int(time.time())} | facts(arguments) | run_all(arguments))
     print(line)
     if arguments.json:
         with arguments.json.open("a") as out:

@@ -82,6 +82,11 @@ class FakeKernel:
         for address in addresses:
             self.leases.pop(address, None)
 
+    def shorten_lease(self, slot: int, address: bytes, expiry: float) -> None:
+        assert slot == ROW.slot
+        self.calls.append("shorten")
+        self.leases[address] = expiry
+
     async def sweep(self, slot: int) -> set[bytes]:
         assert slot == ROW.slot
         await asyncio.sleep(0)

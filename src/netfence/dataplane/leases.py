@@ -62,6 +62,14 @@ class LeaseMap:
                     raise ExhaustedError(message) from error
                 raise explain(f"open {len(addresses)} addresses", error) from error
 
+    def shorten(self, slot: int, address: bytes, expiry: float) -> None:
+        """Set an earlier expiry (monotonic seconds) in one update; a lease that is not there is no error."""
+        key = self._key.pack(slot, kernel_address(address))
+        found = self._map.lookup(key)
+        if found is not None:
+            _, last_use = self._value.unpack(found)
+            self._map.update(key, self._value.pack(self._clock.jiffies(expiry), last_use))
+
     def close(self, slot: int, addresses: Iterable[bytes]) -> None:
         """Stop letting packets to these addresses pass; those not open are no error."""
         for address in addresses:

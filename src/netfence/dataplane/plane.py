@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import structlog
 
@@ -97,7 +97,7 @@ class DataPlane:
     @classmethod
     async def open(
         cls, bpffs_dir: Path, data_dir: Path, start_mode: Mode, *, max_leases_total: int, tcx: bool | None = None
-    ) -> DataPlane:
+    ) -> Self:
         """Check the host, lock `bpffs_dir`, load or take over programs and maps.
 
         `tcx` False forces clsact, None chooses by what the kernel has. Raises PreconditionError (kernel, bpffs, a
@@ -280,6 +280,10 @@ class DataPlane:
         if not state.leases:
             state.leases = True
             self._write_word(slot, state)
+
+    def shorten_lease(self, slot: int, address: bytes, expiry: float) -> None:
+        """Let a lease end earlier than it was promised, at `expiry` (monotonic seconds)."""
+        self._leases.shorten(slot, address, expiry)
 
     def close_leases(self, slot: int, addresses: Iterable[bytes]) -> None:
         """Stop passing packets to these packed addresses."""

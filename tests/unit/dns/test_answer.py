@@ -74,7 +74,9 @@ def test_special_addresses_are_noted_wherever_they_stand() -> None:
 
 
 def test_https_hints_and_target() -> None:
-    answer = scanned(build(f"a.org. 60 IN HTTPS 1 svc.net. ipv4hint={PUBLIC} ipv6hint={PUBLIC6}", qtype="HTTPS"), qtype="HTTPS")
+    answer = scanned(
+        build(f"a.org. 60 IN HTTPS 1 svc.net. ipv4hint={PUBLIC} ipv6hint={PUBLIC6}", qtype="HTTPS"), qtype="HTTPS"
+    )
     assert answer.addresses == packed(PUBLIC, PUBLIC6)
     assert answer.chain == ("svc.net",)
 
@@ -181,7 +183,11 @@ def test_too_many_records() -> None:
         scanned(data[:6] + struct.pack("!HHH", MAX_RECORDS + 1, 0, 0) + data[12:23] + record * (MAX_RECORDS + 1))
 
 
-GOOD = build(f"a.org. 60 IN CNAME b.org.\nb.org. 60 IN A {PUBLIC}\n", authority=SOA.format(9), additional=f"x.org. 1 IN HTTPS 1 . ipv4hint={PUBLIC}")
+GOOD = build(
+    f"a.org. 60 IN CNAME b.org.\nb.org. 60 IN A {PUBLIC}\n",
+    authority=SOA.format(9),
+    additional=f"x.org. 1 IN HTTPS 1 . ipv4hint={PUBLIC}",
+)
 
 
 @given(st.integers(0, len(GOOD)), st.binary(max_size=6), st.integers(0, 6))

@@ -66,7 +66,12 @@ def test_a_refusal_of_the_kernel_is_an_os_error_at_once() -> None:
         udp = UdpExchanger(0.1)
         before = open_descriptors()
         with pytest.raises(PermissionError):
-            udp.send(Upstream("broadcast", socket.AF_INET, ("255.255.255.255", 53)), QUERY, QUERY[12:], lambda _data, _why: None)
+            udp.send(
+                Upstream("broadcast", socket.AF_INET, ("255.255.255.255", 53)),
+                QUERY,
+                QUERY[12:],
+                lambda _data, _why: None,
+            )
         assert open_descriptors() <= before + 1  # the epoll instance
         udp.close()
 

@@ -31,11 +31,19 @@ def test_private_space(address: str, inside: bool) -> None:
 
 
 def test_the_longest_live_prefix_decides_and_its_end_is_told() -> None:
-    table = CidrTable().allow(parse_cidr("10.0.0.0/8")).allow(parse_cidr("10.1.0.0/16"), 50.0).deny(parse_cidr("10.2.0.0/16"))
+    table = (
+        CidrTable()
+        .allow(parse_cidr("10.0.0.0/8"))
+        .allow(parse_cidr("10.1.0.0/16"), 50.0)
+        .deny(parse_cidr("10.2.0.0/16"))
+    )
     rules = Policy(cidrs=table)
     nowhere = PrivateSpace([])
     assert permitted(packed("10.3.0.1"), nowhere, rules, 0.0) == (frozenset(packed("10.3.0.1")), math.inf)
-    assert permitted(packed("10.1.0.1", "10.3.0.1"), nowhere, rules, 0.0) == (frozenset(packed("10.1.0.1", "10.3.0.1")), 50.0)
+    assert permitted(packed("10.1.0.1", "10.3.0.1"), nowhere, rules, 0.0) == (
+        frozenset(packed("10.1.0.1", "10.3.0.1")),
+        50.0,
+    )
     assert permitted(packed("10.2.0.1"), nowhere, rules, 0.0) == (frozenset(), math.inf)
 
 

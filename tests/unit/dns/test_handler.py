@@ -54,7 +54,12 @@ def taken(subject: Handler, data: bytes, *, tcp: bool = False) -> list[bytes]:
     return replies
 
 
-QUERIES = [question("a.org", edns=1232, do=True), question("x.b.org", "HTTPS"), question("a.org", "ANY"), question("", "NS")]
+QUERIES = [
+    question("a.org", edns=1232, do=True),
+    question("x.b.org", "HTTPS"),
+    question("a.org", "ANY"),
+    question("", "NS"),
+]
 
 
 def well_formed(data: bytes, replies: list[bytes]) -> None:

@@ -33,7 +33,14 @@ def test_proxy_leaves_it_to_the_control_plane() -> None:
 
 @pytest.mark.parametrize(
     ("name", "stripped"),
-    [("a.org.x.lan", "a.org"), ("a.org.lan", "a.org"), ("x.lan", "x"), ("lan", "lan"), ("a.orglan", "a.orglan"), ("", "")],
+    [
+        ("a.org.x.lan", "a.org"),
+        ("a.org.lan", "a.org"),
+        ("x.lan", "x"),
+        ("lan", "lan"),
+        ("a.orglan", "a.orglan"),
+        ("", ""),
+    ],
 )
 def test_strip_takes_the_longest_search_domain(name: str, stripped: str) -> None:
     assert strip(name, (".x.lan", ".lan")) == stripped

@@ -238,7 +238,10 @@ def test_an_answer_that_arrives_after_its_name_was_denied_is_denied() -> None:
 
 def test_an_answer_of_an_upstream_that_the_policy_no_longer_names_is_not_used() -> None:
     async def go() -> None:
-        async with FakeUpstream("a.org. 60 IN A 93.184.216.99").serving() as other, world(policy(allow=["a.org"]), ZONE) as w:
+        async with (
+            FakeUpstream("a.org. 60 IN A 93.184.216.99").serving() as other,
+            world(policy(allow=["a.org"]), ZONE) as w,
+        ):
             w.upstream.hold = asyncio.Event()
             waiting = asyncio.ensure_future(w.ask("a.org"))
             await until(lambda: bool(w.upstream.seen))
@@ -430,7 +433,7 @@ def test_private_hints_are_cut_from_https_records() -> None:
 
 def test_special_addresses_go_from_the_additional_section_too() -> None:
     async def go() -> None:
-        async with world(policy(allow=["a.org"]), 'a.org. 60 IN MX 10 mx.a.org.\n') as w:
+        async with world(policy(allow=["a.org"]), "a.org. 60 IN MX 10 mx.a.org.\n") as w:
             w.upstream.additional = RR.fromZone(f"mx.a.org. 60 IN A 10.0.0.1\nmx.a.org. 60 IN A {PUBLIC}")
             reply = await w.ask("a.org", "MX")
             assert len(reply.rr) == 1

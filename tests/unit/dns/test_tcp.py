@@ -7,7 +7,18 @@ import struct
 
 import pytest
 from dnslib import DNSRecord
-from tests.unit.dns.world import PUBLIC, World, addresses, policy, question, read_framed, run, tcp_exchange, until, world
+from tests.unit.dns.world import (
+    PUBLIC,
+    World,
+    addresses,
+    policy,
+    question,
+    read_framed,
+    run,
+    tcp_exchange,
+    until,
+    world,
+)
 
 from netfence.dns import tcp as tcp_module
 from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY

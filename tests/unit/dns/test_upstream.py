@@ -261,7 +261,9 @@ def test_a_lying_tcp_upstream_is_left_for_the_next(lie: str) -> None:
     run(go())
 
 
-@pytest.mark.parametrize("lie", ["loop", "forward-pointer", "oversized", "counts", "rdlength", "trailing", "long-chain"])
+@pytest.mark.parametrize(
+    "lie", ["loop", "forward-pointer", "oversized", "counts", "rdlength", "trailing", "long-chain"]
+)
 def test_malformed_answers_are_never_used_and_never_a_crash(lie: str) -> None:
     async def go() -> None:
         async with world(policy(allow=["a.org"]), ZONE) as w:
@@ -339,11 +341,16 @@ def test_the_greed_of_one_leaves_a_flight_for_each_other(monkeypatch: pytest.Mon
         upstream = FakeUpstream(ZONE)
         upstream.hold = asyncio.Event()
         async with upstream.serving(), resolving(timeout_s=2.0) as resolver:
-            held = [asyncio.ensure_future(resolve(resolver, upstream.text, name=f"g{n}.org", owner="greedy")) for n in range(3)]
+            held = [
+                asyncio.ensure_future(resolve(resolver, upstream.text, name=f"g{n}.org", owner="greedy"))
+                for n in range(3)
+            ]
             await until(lambda: len(resolver) == 3)
             with pytest.raises(ExhaustedError):
                 await resolve(resolver, upstream.text, name="g9.org", owner="greedy")
-            held += [asyncio.ensure_future(resolve(resolver, upstream.text, name=f"o{n}.org", owner=n)) for n in range(2)]
+            held += [
+                asyncio.ensure_future(resolve(resolver, upstream.text, name=f"o{n}.org", owner=n)) for n in range(2)
+            ]
             await until(lambda: len(resolver) == 5)
             with pytest.raises(ExhaustedError):
                 await resolve(resolver, upstream.text, name="last.org", owner="last")

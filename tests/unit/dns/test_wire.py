@@ -121,7 +121,9 @@ def test_the_type_s_octets_are_not_letters() -> None:
 
 
 def opt(size: int = 1232, ttl: int = 0, owner: bytes = b"\0", options: bytes = b"") -> bytes:
-    return owner + b"\0\x29" + size.to_bytes(2, "big") + ttl.to_bytes(4, "big") + len(options).to_bytes(2, "big") + options
+    return (
+        owner + b"\0\x29" + size.to_bytes(2, "big") + ttl.to_bytes(4, "big") + len(options).to_bytes(2, "big") + options
+    )
 
 
 QUESTION = b"\x01a\x03org\0\0\1\0\1"

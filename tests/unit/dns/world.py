@@ -325,7 +325,9 @@ class World:
         exchange = tcp_exchange if tcp else udp_exchange
         return (await exchange(self.server.port, query))[0]
 
-    async def ask(self, name: str, qtype: str = "A", *, edns: int = 1232, do: bool = False, tcp: bool = False) -> DNSRecord:
+    async def ask(
+        self, name: str, qtype: str = "A", *, edns: int = 1232, do: bool = False, tcp: bool = False
+    ) -> DNSRecord:
         return DNSRecord.parse(await self.raw(question(name, qtype, edns=edns, do=do), tcp=tcp))
 
 
