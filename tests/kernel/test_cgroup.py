@@ -270,7 +270,9 @@ def test_port_53_of_the_loopback_on_an_old_socket(inside: Inside, host: str) -> 
 # -- DNS -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 11000), ("127.53.0.1", 53), ("::1", 53), (WEB["ipv4"], 11000)])
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 11000), ("127.53.0.1", 53), ("::1", 53), (WEB["ipv4"], 11000)]
+)
 def test_the_own_dns_server_is_reached_in_every_mode(inside: Inside, host: str, port: int) -> None:
     packed = socket.inet_pton(family_of(host), host)
     fenced = inside.fenced(dns_address=packed, dns_port=port)
@@ -435,7 +437,9 @@ def test_source_routes_set_by_socket_option(inside: Inside, workload: Workload) 
             assert inside.sends(sock) == 0
 
 
-@pytest.mark.parametrize(("reason", "arrived"), [(Reason.ALLOW_RULE, 1), (Reason.DEFAULT_DROP, 0)], ids=["pass", "drop"])
+@pytest.mark.parametrize(
+    ("reason", "arrived"), [(Reason.ALLOW_RULE, 1), (Reason.DEFAULT_DROP, 0)], ids=["pass", "drop"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segmented_datagrams_count_each_segment(inside: Inside, family: str, reason: Reason, arrived: int) -> None:
     segments, size = 10, 1000

@@ -158,7 +158,11 @@ CUTS = {
     "denied": Cut(Mode.ALLOWLIST, ALLOW, DENY, Reason.DENY_RULE, UNDENY),
     "denied-in-denylist": Cut(Mode.DENYLIST, lambda _, __: None, DENY, Reason.DENY_RULE, UNDENY),
     "block_all": Cut(
-        Mode.ALLOWLIST, ALLOW, lambda a, _: a.mode(Mode.BLOCK_ALL), Reason.BLOCK_ALL, lambda a, _: a.mode(Mode.ALLOWLIST)
+        Mode.ALLOWLIST,
+        ALLOW,
+        lambda a, _: a.mode(Mode.BLOCK_ALL),
+        Reason.BLOCK_ALL,
+        lambda a, _: a.mode(Mode.ALLOWLIST),
     ),
     "replaced": Cut(
         Mode.ALLOWLIST,
@@ -174,7 +178,9 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_running_connection_is_cut_with_the_next_packet(topology: Topology, place: Place, family: str, cut: Cut) -> None:
+def test_a_running_connection_is_cut_with_the_next_packet(
+    topology: Topology, place: Place, family: str, cut: Cut
+) -> None:
     fenced, tag = place.attachment, Tag()
     fenced.replace(cut.mode)
     cut.open(fenced, family)
@@ -202,12 +208,16 @@ def leased(fence: Fence, workload: Workload) -> Iterator[Attachment]:
         yield attachment
 
 
-def assert_passes(topology: Topology, workload: Workload, fenced: Attachment, shape: Shape, to: str, why: Reason) -> None:
+def assert_passes(
+    topology: Topology, workload: Workload, fenced: Attachment, shape: Shape, to: str, why: Reason
+) -> None:
     with fenced.counts(why, 2):
         assert topology.arrived(workload, shape, to, 2) == 2
 
 
-def assert_drops(topology: Topology, workload: Workload, fenced: Attachment, shape: Shape, to: str, why: Reason) -> None:
+def assert_drops(
+    topology: Topology, workload: Workload, fenced: Attachment, shape: Shape, to: str, why: Reason
+) -> None:
     with fenced.counts(why, 2):
         assert topology.arrived(workload, shape, to, 2) == 0
 

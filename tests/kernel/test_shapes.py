@@ -127,7 +127,11 @@ def extension(following: int, kind: str = "options", left: int = 0, routing_type
     """One 8-byte extension header; "ah" 12 bytes."""
     if kind == "ah":
         return bytes([following, 1]) + bytes(10)
-    return bytes([following, 0, routing_type, left]) + bytes(4) if kind == "routing" else bytes([following, 0, 1, 4]) + bytes(4)
+    return (
+        bytes([following, 0, routing_type, left]) + bytes(4)
+        if kind == "routing"
+        else bytes([following, 0, 1, 4]) + bytes(4)
+    )
 
 
 def udp_bytes(dport: int = 9, sport: int = 40000) -> bytes:
@@ -380,7 +384,10 @@ def way_out(topology: Topology) -> Iterator[tuple[Workload, Meter]]:
         stack.callback(sender.close)
         sniffer = Sniffer(topology.internet, "in0")
         stack.callback(sniffer.close)
-        yield Workload("out0", "192.0.2.99", "2001:db8:99::2", sender, NOBODY, netns=topology.host), Meter(sniffer, sender)
+        yield (
+            Workload("out0", "192.0.2.99", "2001:db8:99::2", sender, NOBODY, netns=topology.host),
+            Meter(sniffer, sender),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -547,7 +554,9 @@ def test_the_metadata_address_wants_a_rule_of_its_own(
 
 
 @pytest.mark.parametrize(
-    "case", [Case(packets.UDP4, "169.254.7.7"), Case(packets.UDP6, "fe80::7"), Case(packets.UDP4_VLAN, "169.254.1.1")], ids=str
+    "case",
+    [Case(packets.UDP4, "169.254.7.7"), Case(packets.UDP6, "fe80::7"), Case(packets.UDP4_VLAN, "169.254.1.1")],
+    ids=str,
 )
 def test_link_local_passes_where_the_setting_says_so(fenced_port: Callable[..., PathTaken], case: Case) -> None:
     path = fenced_port(allow_link_local=True)
@@ -562,9 +571,7 @@ def test_link_local_passes_where_the_setting_says_so(fenced_port: Callable[..., 
     path.expect(case, Reason.BLOCK_ALL, COUNT)
 
 
-@pytest.mark.parametrize(
-    "case", [Case(packets.DHCP4, "255.255.255.255"), Case(packets.DHCP6, "ff02::1:2")], ids=str
-)
+@pytest.mark.parametrize("case", [Case(packets.DHCP4, "255.255.255.255"), Case(packets.DHCP6, "ff02::1:2")], ids=str)
 def test_dhcp_is_judged_where_the_setting_says_so(fenced_port: Callable[..., PathTaken], case: Case) -> None:
     path = fenced_port(allow_dhcp=False)
     path.attachment.replace(Mode.ALLOWLIST)
@@ -635,9 +642,15 @@ BIG_CASES = [
     Case(v4("big-udp4", UDP_ / bytes(BIG)), ANY4),
     Case(v6("big-udp6", UDP_ / bytes(BIG)), ANY6),
     Case(v4("big-udp4-options", UDP_ / bytes(BIG), options=b"\x94\x04\x00\x00" * 10), ANY4),
-    Case(v4("big-udp4-lsrr", UDP_ / bytes(BIG), options=b"\x01\x83\x07\x04\xcb\x00\x71\x50"), ANY4, Reason.SOURCE_ROUTE),
+    Case(
+        v4("big-udp4-lsrr", UDP_ / bytes(BIG), options=b"\x01\x83\x07\x04\xcb\x00\x71\x50"), ANY4, Reason.SOURCE_ROUTE
+    ),
     Case(raw6("big-udp6-chain", 60, chain6(6) + bytes(BIG)), ANY6),
-    Case(raw6("big-udp6-routing", 60, extension(43) + extension(17, "routing", 1) + bytes(BIG)), ANY6, Reason.SOURCE_ROUTE),
+    Case(
+        raw6("big-udp6-routing", 60, extension(43) + extension(17, "routing", 1) + bytes(BIG)),
+        ANY6,
+        Reason.SOURCE_ROUTE,
+    ),
     Case(v4("big-udp4", UDP_ / bytes(BIG)).tagged((DOT1Q, 7)), ANY4),
     Case(v6("big-udp6", UDP_ / bytes(BIG)).tagged((DOT1AD, 7), (DOT1Q, 7)), ANY6),
     Case(v4("big-own-dns4", UDP(sport=40000, dport=OWN_PORT) / bytes(BIG)), OWN_DNS4, Reason.DNS),
@@ -649,7 +662,13 @@ LINEAR = {"ethernet": ETHERNET_BYTES, "half-ip": ETHERNET_BYTES + 10, "ip": ETHE
 @pytest.mark.parametrize("linear", LINEAR)
 @pytest.mark.parametrize("side", ["ingress", "egress"])
 def test_headers_outside_the_linear_data_are_read(
-    topology: Topology, fence: Fence, bridged: Workload, way_out: tuple[Workload, Meter], side: str, linear: str, case: Case
+    topology: Topology,
+    fence: Fence,
+    bridged: Workload,
+    way_out: tuple[Workload, Meter],
+    side: str,
+    linear: str,
+    case: Case,
 ) -> None:
     workload, meter = (bridged, topology.meter(bridged)) if side == "ingress" else way_out
     assert workload.netns is not None
@@ -737,14 +756,19 @@ def inside(workload: Workload) -> Iterator[Agent]:
         yield running
 
 
-@pytest.mark.parametrize(("reason", "arrived"), [(Reason.ALLOW_RULE, 1), (Reason.DEFAULT_DROP, 0)], ids=["pass", "drop"])
+@pytest.mark.parametrize(
+    ("reason", "arrived"), [(Reason.ALLOW_RULE, 1), (Reason.DEFAULT_DROP, 0)], ids=["pass", "drop"]
+)
 @pytest.mark.parametrize("to", [ANY4, ANY6], ids=["ipv4", "ipv6"])
 def test_segmented_packets_count_each_segment(
     topology: Topology, fence: Fence, workload: Workload, inside: Agent, to: str, reason: Reason, arrived: int
 ) -> None:
     segments, size, tag = 40, 1000, Tag()
     headers = ETHERNET_BYTES + (28 if to == ANY4 else 48)
-    with fence.interface(workload.host_if) as fenced, inside.udp(socket.AF_INET if to == ANY4 else socket.AF_INET6) as sock:
+    with (
+        fence.interface(workload.host_if) as fenced,
+        inside.udp(socket.AF_INET if to == ANY4 else socket.AF_INET6) as sock,
+    ):
         fenced.replace(Mode.ALLOWLIST, allow=[to] if arrived else [])
         sock.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, size)
         with fenced.counts(reason, segments, headers + segments * size):
@@ -803,4 +827,3 @@ def _transfer(client: Any, accepted: socket.socket, total: int) -> int:
         except TimeoutError:
             break
     return received
-

@@ -49,8 +49,12 @@ class Net:
 
 
 NETS = {
-    "ipv4": Net("203.0.113.80", "203.0.113.80/32", "203.0.113.0/24", "203.0.0.0/16", "203.0.0.0/9", "0.0.0.0/0", "192.0.2.0/24"),
-    "ipv6": Net("2001:db8:b::80", "2001:db8:b::80/128", "2001:db8:b::/64", "2001:db8::/32", "2001::/16", "::/0", "2001:db9::/32"),
+    "ipv4": Net(
+        "203.0.113.80", "203.0.113.80/32", "203.0.113.0/24", "203.0.0.0/16", "203.0.0.0/9", "0.0.0.0/0", "192.0.2.0/24"
+    ),
+    "ipv6": Net(
+        "2001:db8:b::80", "2001:db8:b::80/128", "2001:db8:b::/64", "2001:db8::/32", "2001::/16", "::/0", "2001:db9::/32"
+    ),
 }
 
 
@@ -260,7 +264,10 @@ STORIES: dict[str, list[Step]] = {
     ],
     "expired_nested_deepest": [
         _both(ALLOWED, lambda a, net: a.allow(net.widest)),
-        _both(DENIED, lambda a, net: [a.deny(each, LONG_S) for each in (net.wider, net.wide, net.near, net.exact)] and None),
+        _both(
+            DENIED,
+            lambda a, net: [a.deny(each, LONG_S) for each in (net.wider, net.wide, net.near, net.exact)] and None,
+        ),
         _both(
             ALLOWED,
             _runs_out(

@@ -37,7 +37,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 import measure
+from netfence.dns.server import DnsServer, DnsSettings, Resolver, SharedCache
+from netfence.policy.domain import DomainRule, DomainTable, RuleKind
+from netfence.policy.leases import LeaseBook, lease_expiry
+from netfence.policy.modes import DnsMode, Mode
+from netfence.policy.policy import DnsPolicy, Policy
 
 NAMES = 100
 OUTSTANDING = 20
@@ -64,13 +71,6 @@ def free_port() -> int:
 
 def serve(port: int, upstream: str) -> None:
     """Run a DnsServer as the daemon would, until SIGTERM; then print its counters as JSON."""
-    import uvloop
-
-    from netfence.dns.server import DnsServer, DnsSettings, Resolver, SharedCache
-    from netfence.policy.domain import DomainRule, DomainTable, RuleKind
-    from netfence.policy.leases import LeaseBook, lease_expiry
-    from netfence.policy.modes import DnsMode, Mode
-    from netfence.policy.policy import DnsPolicy, Policy
 
     class BenchGate:
         """Does the bookkeeping of leases for real; the kernel's map update (about 2 µs) is missing."""
@@ -108,7 +108,7 @@ def serve(port: int, upstream: str) -> None:
         await stop.wait()
         await server.close()
         await resolver.close()
-        print(json.dumps(gate.counts), flush=True)
+        print(json.dumps(gate.counts), flush=True)  # noqa: T201 - read by the parent
 
     uvloop.run(run())
 
@@ -197,10 +197,9 @@ def nft_elements() -> int:
 def dnsmasq_command(port: int, upstream_port: int, cache_size: int, *, nftset: bool = False) -> list[str]:
     """Return the command of a dnsmasq that forwards to the upstream and, with `nftset`, adds answers to the set."""
     return [
-        "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file=",
+        "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file=",
         f"--server=127.0.0.1#{upstream_port}", f"--port={port}", "--listen-address=127.0.0.1", "--bind-interfaces",
         f"--cache-size={cache_size}", "--log-facility=-",
-        *(["--user=root", "--group=root"] if os.geteuid() == 0 else []),  # the only ones in a user namespace
         *([f"--nftset={NFT_SET}"] if nftset else []),
     ]  # fmt: skip
 
@@ -271,7 +270,7 @@ class Series:
 
 
 def report(series: list[Series], ours: str = "netfence") -> dict[str, Any]:
-    """Print a table and return it as data: medians, spreads, ratios of ours to each other contestant, round by round."""
+    """Print a table and return it as data: medians, spreads, ratios of ours to each contestant, round by round."""
     out: dict[str, Any] = {}
     for one in series:
         entry: dict[str, Any] = {
@@ -289,7 +288,7 @@ def report(series: list[Series], ours: str = "netfence") -> dict[str, Any]:
                 entry |= {"goal": goal, "met": paired.median >= goal}
         out.setdefault(one.bench, {})[one.contestant] = entry
         words = " ".join(f"{key}={value}" for key, value in entry.items() if key != "significant")
-        print(
+        print(  # noqa: T201
             f"{one.bench:16} {one.contestant:14} {words}{'' if entry.get('significant', True) else ' not significant'}"
         )
     return out
@@ -382,7 +381,7 @@ def main() -> None:
     if arguments.smoke:
         arguments.rounds, arguments.seconds = 1, 0.3
     line = json.dumps({"name": "dns", "time": int(time.time())} | facts(arguments) | run_all(arguments))
-    print(line)
+    print(line)  # noqa: T201 - the report
     if arguments.json:
         with arguments.json.open("a") as out:
             out.write(line + "\n")

@@ -39,6 +39,7 @@ from netfence.policy.special import is_special
 LEARNED: Final = frozenset({A, AAAA, SVCB, HTTPS})  # question types whose answers carry addresses to learn
 IPV4HINT: Final = 4
 IPV6HINT: Final = 6
+ADDRESS_LENGTH: Final = {A: 4, AAAA: 16}
 HINT_LENGTH: Final = {IPV4HINT: 4, IPV6HINT: 16}
 MAX_TTL: Final = 0x7FFFFFFF  # a greater TTL counts as 0 (RFC 2181 section 8)
 MAPPED: Final = b"\0" * 10 + b"\xff\xff"
@@ -55,7 +56,7 @@ class Answer(NamedTuple):
     `raw` is the message; its records without OPT are ``raw[start:end]`` with `counts` in the three sections (`end` is
     0 when an OPT record stands in front of others and the message cannot be relayed as it is). `ttls` holds the offset
     in `raw` and the value of every TTL in that stretch. `chain` holds the names that the question leads to (CNAME
-    targets, SVCB target names), without the question's own. `addresses` are the packed addresses of the question's type (or hints)
+    targets, SVCB target names), without its own. `addresses` are the packed addresses of the question's type (or hints)
     at a linked name, `ttl_s` the least TTL on the way to them. `special` are all special-purpose addresses anywhere in
     the message. `life_s` is how long it may be cached, 0 for not at all. `received` is the monotonic time of arrival.
     """
@@ -188,10 +189,10 @@ class _Scanner:
             self._answer_ttl = ttl
         if rclass != IN:
             return
-        if rtype == A or rtype == AAAA:  # noqa: PLR1714 - a tuple costs more than the rest of the line
-            if length != (4 if rtype == A else 16):
+        if (size := ADDRESS_LENGTH.get(rtype)) is not None:
+            if length != size:
                 raise WireError("address of the wrong length")
-            address = data[rdata:end] if rtype == A else normal(data[rdata:end])
+            address = normal(data[rdata:end])
             if is_special(address):
                 self._special.add(address)
             if answer and rtype == self._qtype:

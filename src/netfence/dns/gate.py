@@ -58,7 +58,7 @@ class Gate(Protocol):
         """
         ...
 
-    def note_query(self, allowed: bool) -> None:  # noqa: FBT001 - the contract's signature
+    def note_query(self, allowed: bool) -> None:
         """Count one query, as allowed or blocked."""
         ...
 

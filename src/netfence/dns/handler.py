@@ -1,8 +1,8 @@
 """The way of one query through an attachment's DNS server, whatever transport it came by.
 
-Order: form (`wire`), rate, policy (`judge`, or the control plane through `proxy`), cache or upstream, then in one go without
-suspension: chain, rebinding guard, lease in the kernel, reply. After every wait the policy of that moment judges anew, so an answer that
-arrives after its name was denied is denied. Sockets belong to `server` and `tcp`.
+Order: form (`wire`), rate, policy (`judge`, or the control plane through `proxy`), cache or upstream, then in one go
+without suspension: chain, rebinding guard, lease in the kernel, reply. After every wait the policy of that moment
+judges anew, so an answer that arrives after its name was denied is denied. Sockets belong to `server` and `tcp`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Handler:
         """Answer a message through `send`, now or later, once; False when silence is the answer. Never raises."""
         try:
             return self._take(data, send, tcp=tcp)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a bug met by one query must not stop the server of all others
             self._log("dns_query_failed", error)
             return False
 
@@ -187,7 +187,7 @@ class Handler:
             return
         try:
             self._judge_again(asked, got)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in `take`
             self._log("dns_query_failed", error)
             asked.send(message.reply(asked.query, SERVFAIL, Ede(EDE_OTHER, "netfence: internal error")))
 

@@ -2,8 +2,8 @@
 
 A hit costs two dictionary look-ups and one concatenation: no parsing, no policy, no map write. An entry is good while
 the policy's generation is the one it was made under, and until the earliest of: its answer's expiry, the moment its
-lease has less than `dns.min_lease` left (the query then takes the long way once, which renews the lease), the end of what
-the verdict stood on. Its body is rebuilt once per second of age, with TTLs counted down.
+lease has less than `dns.min_lease` left (the query then takes the long way once, which renews the lease), the end of
+what the verdict stood on. Its body is rebuilt once per second of age, with TTLs counted down.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Judging one question, and one answer, by a policy. Pure: the decisions of `handler`, without its waiting.
 
-Order (semantics.md 14): packet mode `block_all` denies whatever the DNS mode; DNS mode `disabled` forwards; `proxy` leaves
-the decision to the control plane (`judge` returns None); else the domain rules.
+Order (semantics.md 14): packet mode `block_all` denies whatever the DNS mode; DNS mode `disabled` forwards; `proxy`
+leaves the decision to the control plane (`judge` returns None); else the domain rules.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from netfence.policy.policy import Policy
 class Verdict(NamedTuple):
     """What happens to a question.
 
-    `name` is the name that was judged (search domain stripped) and that holds the leases. `denied` and `audit` together:
-    answered all the same, opened not. `guard`: the rebinding guard and the TTL cap apply to upstream answers. `ips` are
-    the control plane's own addresses, `ttl_s` and `since` their TTL and its begin. `until` ends the verdict itself.
+    `name` is the name that was judged (search domain stripped) and that holds the leases. `denied` and `audit`
+    together: answered all the same, opened not. `guard`: the rebinding guard and the TTL cap apply to upstream
+    answers. `ips` are the control plane's own addresses, `ttl_s` and `since` their TTL and its begin. `until` ends the
+    verdict itself.
     """
 
     name: str

@@ -54,7 +54,7 @@ MAX_BAD_DATAGRAMS: Final = 8
 guessing, and TCP cannot be guessed."""
 
 RESOLVE_DEADLINE_S: Final = 20.0
-"""Seconds after which a question is given up whatever upstreams are left: the client (5 s in glibc, three tries) is gone."""
+"""Seconds after which a question is given up whatever upstreams are left: the client (5 s in glibc, thrice) is gone."""
 
 MAX_CACHE_ENTRIES: Final = 32_768
 """Answers in the shared cache of the daemon; with `MAX_CACHED_ANSWER` about 20 MB of usual answers, 150 MB at worst."""

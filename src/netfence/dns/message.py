@@ -11,14 +11,13 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dnslib import RD as RawData
 from dnslib import RR, DNSRecord
 from dnslib.buffer import Buffer
+from dnslib.dns import RD as RawData  # noqa: N811 - a class; the name is also a header bit
 
-from netfence.dns.answer import HINT_LENGTH, Answer, normal, scan, svcb_head, svcb_params
+from netfence.dns.answer import ADDRESS_LENGTH, HINT_LENGTH, Answer, normal, scan, svcb_head, svcb_params
 from netfence.dns.limits import MAX_EDE_TEXT, MAX_UDP_REPLY
 from netfence.dns.wire import (
-    AAAA,
     AD,
     CD,
     DO,
@@ -34,7 +33,6 @@ from netfence.dns.wire import (
     RRSIG,
     SVCB,
     TC,
-    A,
     Query,
     WireError,
 )
@@ -125,7 +123,7 @@ def upstream_query(key: bytes, *, do: bool, cd: bool) -> bytes:
 
 def from_addresses(query: Query, addresses: Iterable[bytes], ttl_s: int, now: float) -> Answer:
     """Make the answer to `query` of the packed addresses of its family (semantics.md 14: a control plane's `ips`)."""
-    size = {A: 4, AAAA: 16}.get(query.qtype)
+    size = ADDRESS_LENGTH.get(query.qtype)
     records = [
         _OWNER_IS_QUESTION + RECORD.pack(query.qtype, IN, ttl_s, size) + address
         for address in map(normal, addresses)
@@ -166,7 +164,7 @@ def _dnslib() -> Iterator[None]:
     """Make a WireError of whatever dnslib raises: its own errors, and struct, index, value and recursion errors."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         raise WireError(f"{type(error).__name__} in dnslib") from None
 
 
@@ -176,7 +174,7 @@ def _filtered(section: Sequence[RR], gone: frozenset[bytes], changed: set[tuple[
     for rr in section:
         if rr.rtype == OPT:
             continue
-        if rr.rtype in (A, AAAA) and normal(_rdata(rr)) in gone:
+        if rr.rtype in ADDRESS_LENGTH and normal(_rdata(rr)) in gone:
             changed.add((_owner(rr), rr.rtype))
             continue
         if rr.rtype in (SVCB, HTTPS):

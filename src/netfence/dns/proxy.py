@@ -1,7 +1,7 @@
 """DNS mode `proxy`: the control plane's decisions about names, merged while asked and remembered while they hold.
 
-Owns the book of one attachment. Every policy change (`Gate.generation`) empties it: a question asked before is not joined
-and its answer not remembered after.
+Owns the book of one attachment. Every policy change (`Gate.generation`) empties it: a question asked before is not
+joined and its answer not remembered after.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ProxyBook:
         except NetfenceError as error:
             result = error
         except Exception as error:
-            log.error("query_dns_failed", error=repr(error))
+            log.exception("query_dns_failed", error=repr(error))
             result = UnavailableError("ask the control plane: internal error")
         self._sync()
         if generation == self._generation:

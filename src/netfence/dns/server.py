@@ -90,7 +90,7 @@ class _Udp(asyncio.DatagramProtocol):
         # Not isinstance: uvloop's transport is none of asyncio's classes.
         self._sendto = cast(asyncio.DatagramTransport, transport).sendto
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Drop answers that come after the end."""
         self._sendto = _nowhere
 

@@ -49,7 +49,7 @@ class TcpConnection(asyncio.Protocol):
         self._progress = loop.time()
         self._timer = loop.call_later(self._idle_s, self._on_timer)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Forget the connection."""
         self._transport = None
         self._open.discard(self)

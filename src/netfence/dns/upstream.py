@@ -3,8 +3,8 @@
 A `_Flight` is one question in the air, whoever waits for it: callbacks drive it from upstream to upstream without a
 task of its own. The sockets are `exchange`'s. What the answer means for a policy is `judge`'s to say.
 
-Order (semantics.md 19): the upstreams as listed, the next one on a time-out, a socket error, SERVFAIL, REFUSED or an answer
-that cannot be read; then again, `attempts` times in all, those that did not answer at all. TCP is used when an
+Order (semantics.md 19): the upstreams as listed, the next one on a time-out, a socket error, SERVFAIL, REFUSED or an
+answer that cannot be read; then again, `attempts` times in all, those that did not answer at all. TCP is used when an
 upstream cut its answer, or when somebody seems to guess at the UDP socket.
 """
 
@@ -117,12 +117,12 @@ class _Flight:
         "_again",
         "_current",
         "_deadline",
-        "_next",
-        "_queue",
         "_name",
+        "_next",
         "_packet",
         "_qtype",
         "_question",
+        "_queue",
         "_resolver",
         "_rounds",
         "_why",
@@ -185,7 +185,7 @@ class _Flight:
                 self._note(why, again=True)
                 self.next_try()
         except Exception as error:
-            log.error("dns_flight_failed", upstream=self._current.text, error=repr(error))
+            log.exception("dns_flight_failed", upstream=self._current.text, error=repr(error))
             self.fail("internal error")
 
     def _on_response(self, data: bytes, *, tcp: bool) -> None:

@@ -1,8 +1,8 @@
-"""The DNS wire format that the fast paths need: names, queries, and where things stand in a message.
+r"""The DNS wire format that the fast paths need: names, queries, and where things stand in a message.
 
 Owns bounds-checked reading of bytes that an attacker wrote; every function here raises `WireError` on garbage and
 nothing else. It knows no policy and builds no records. Names come out as lower-case text without the final dot in
-which every octet other than letters, digits, ``-`` and ``_`` is written ``\\DDD``: a dot inside a label can therefore
+which every octet other than letters, digits, ``-`` and ``_`` is written ``\DDD``: a dot inside a label can therefore
 never look like a border between labels. Source: RFC 1035 section 4, RFC 6891.
 """
 
@@ -168,7 +168,7 @@ def parse_query(data: bytes) -> Query:
         raise Refusal(FORMERR) from None
     end += 4
     query = Query(data, name, end, qtype)
-    if qclass != IN or qtype == 0 or qtype == OPT or 128 <= qtype <= 255:
+    if qclass != IN or qtype in (0, OPT) or 128 <= qtype <= 255:
         raise Refusal(REFUSED, query)
     if answers or authorities or extras > MAX_QUERY_EXTRAS:
         raise Refusal(FORMERR, query)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import socket
+from pathlib import Path
 
 import pytest
 from tests.unit.dns.world import FakeUpstream, question, run, until
@@ -17,7 +17,7 @@ QUERY = question("a.org")
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_every_descriptor_is_given_back() -> None:

@@ -37,7 +37,7 @@ class Upstreams:
         self.answer = answer
         self.asked: list[tuple[CacheKey, Any]] = []
 
-    def resolve(self, key: CacheKey, query: Query, _owner: object, done: Any) -> None:
+    def resolve(self, key: CacheKey, _query: Query, _owner: object, done: Any) -> None:
         self.asked.append((key, done))
         if self.answer is not None:
             done(scanned(self.answer))

@@ -8,6 +8,7 @@ from tests.unit.dns.test_answer import build, scanned
 from tests.unit.dns.world import PUBLIC, PUBLIC6, addresses, ede, packed, question
 
 from netfence.dns import message
+from netfence.dns.answer import Answer, scan
 from netfence.dns.limits import MAX_EDE_TEXT
 from netfence.dns.message import Ede, cut, cut_hints, from_addresses, relay, reply, truncated, upstream_query
 from netfence.dns.wire import WireError, parse_query
@@ -139,10 +140,10 @@ def test_svcb_records_are_cut_like_https() -> None:
 
 
 def _svcb(raw: str) -> bytes:
-    data = build(f"a.org. 60 IN HTTPS 1 . ipv4hint=10.0.0.1", qtype="HTTPS")
+    data = build("a.org. 60 IN HTTPS 1 . ipv4hint=10.0.0.1", qtype="HTTPS")
     assert bytes.fromhex(raw) in data
     return data.replace(b"\0\x41\0\1", b"\0\x40\0\1")
 
 
-def scanned_as(data: bytes, qtype: int) -> message.Answer:
-    return message.scan(data, 11, "a.org", qtype, 0.0)
+def scanned_as(data: bytes, qtype: int) -> Answer:
+    return scan(data, 11, "a.org", qtype, 0.0)

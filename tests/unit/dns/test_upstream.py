@@ -144,8 +144,8 @@ def test_datagrams_that_do_not_match_are_ignored(lie: str) -> None:
         async with upstream.serving(), resolving(timeout_s=1.0) as resolver:
             assert (await resolve(resolver, upstream.text)).addresses == packed(PUBLIC)
             assert resolver.udp.mismatches == 2
+        async with upstream.serving(), resolving(timeout_s=0.05) as resolver:
             upstream.udp = lambda query: [lies(wrong.answer(query))]
-            resolver.udp._timeout_s = 0.05
             with pytest.raises(UnavailableError, match="timed out"):
                 await resolve(resolver, upstream.text)
 

@@ -1,4 +1,4 @@
-"""The world around a DNS server for its tests: a gate that records, an upstream that lies on command, a client, a clock.
+"""The world around a DNS server for its tests: a gate that records, an upstream that lies, a client, a clock.
 
 Sockets are real, on 127.0.0.1 and ports that the kernel picks; nothing here needs root.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import uvloop
-from dnslib import EDNS0, QTYPE, RR, DNSRecord
+from dnslib import EDNS0, QTYPE, RCODE, RR, DNSRecord
 
 from netfence.dns.server import DnsServer, DnsSettings, Resolver, SharedCache
 from netfence.errors import NetfenceError, UnavailableError
@@ -363,8 +363,6 @@ def addresses(reply: DNSRecord) -> list[str]:
 
 
 def rcode(reply: DNSRecord) -> str:
-    from dnslib import RCODE
-
     return str(RCODE[reply.header.rcode])
 
 
@@ -381,5 +379,5 @@ def ede(reply: DNSRecord) -> tuple[int, str] | None:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition, with a deadline."""
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions of sockets have no event
             await asyncio.sleep(0.002)
