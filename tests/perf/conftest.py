@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-for _folder in ("perf", "kernel"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
 
 from bench_plane import Plane
 from harness import sandbox
