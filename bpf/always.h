@@ -60,7 +60,7 @@ static __always_inline int has_ports(const struct packet *packet)
 
 static __always_inline int is_own_dns(const struct packet *packet, const struct config *config)
 {
-    return has_ports(packet) && !packet->fragment && packet->destination_port == config->dns_port &&
+    return has_ports(packet) && !packet->fragment && !packet->raw && packet->destination_port == config->dns_port &&
            same_address(&packet->destination, &config->dns_address);
 }
 

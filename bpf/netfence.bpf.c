@@ -20,6 +20,7 @@
 #define CGROUP_DROP 0
 #define FENCED_MARK 0x4e46 /* skb->tc_index of what entered through a fenced interface */
 #define IFINDEX_LO 1
+#define SOCKET_RAW 3 /* SOCK_RAW */
 
 #define HOOK_TC 1
 #define HOOK_CGROUP 2
@@ -291,6 +292,16 @@ static __always_inline int parse(struct __sk_buff *skb, int hook, const struct c
     return reason;
 }
 
+/* A raw socket can send a query with any source address, and the answer would go there, past the fence. */
+static __always_inline int is_raw_socket(struct __sk_buff *skb)
+{
+    struct bpf_sock *sock = skb->sk;
+    if (!sock)
+        return 1;
+    sock = bpf_sk_fullsock(sock);
+    return !sock || sock->type == SOCKET_RAW;
+}
+
 /* Judge one packet; true: it passes. */
 static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
 {
@@ -309,6 +320,8 @@ static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
     }
     int reason = parse(skb, hook, config, &packet);
     if (reason == PARSED) {
+        if (hook == HOOK_CGROUP && is_own_dns(&packet, config))
+            packet.raw = is_raw_socket(skb);
         reason = decide(&packet, slot, config, active);
         if (reason == REASON_DEFAULT_DROP && is_reply(&packet, slot, config))
             reason = REASON_REPLY;

@@ -68,7 +68,8 @@ struct packet {
     __u8 tcp_flags;
     __u8 icmp_type;
     __u8 icmp_code;
-    __u8 pad[3];
+    __u8 raw; /* of a raw socket, whose source address may be forged; told only where it matters */
+    __u8 pad[2];
 };
 
 struct eth_header {

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shape_cases import FOREIGN_PORT, OWN_DNS4, OWN_DNS6, OWN_PORT, Case
-
 from harness.fence import Attachment, Fence, moved
 from harness.netns import veth
 from harness.packets import VLAN_BYTES
@@ -20,6 +18,7 @@ from harness.topology import BRIDGE_IF, BRIDGE_UP_IF, SINK_IF, Topology, Workloa
 from harness.wire import Meter, PacketSender, Sniffer, Tag
 from netfence.dataplane.target import Direction
 from netfence.policy.modes import Reason, is_drop
+from shape_cases import FOREIGN_PORT, OWN_DNS4, OWN_DNS6, OWN_PORT, Case
 
 COUNT = 3
 BIG_MTU = 9000

@@ -1,7 +1,7 @@
 """A policy is switched between two packets: never half of the old or the new one, never a gap (semantics.md 9).
 
-While a sender runs at full speed, policies replace one another that agree about two addresses and differ in all else: of
-one address not a packet may be lost, of the other none may pass. Counted by the fence and by nftables at the far end.
+While a sender runs at full speed, policies replace one another that agree about two addresses and differ in all else:
+of one address not a packet may be lost, of the other none may pass. The fence counts, and nftables at the far end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Packets whose headers are not in the linear data, and packets that are many: GSO, "BIG TCP", segmented datagrams.
 
-A sender with a virtio header (AF_PACKET, tap) says itself how much of its packet is linear, as a VM may. Packets above a
-page are needed for that: smaller ones the kernel makes linear anyway.
+A sender with a virtio header (AF_PACKET, tap) says itself how much of its packet is linear, as a VM may. Packets above
+a page are needed for that: smaller ones the kernel makes linear anyway.
 """
 
 from __future__ import annotations
@@ -17,6 +17,19 @@ from dataclasses import replace
 
 import pytest
 from scapy.layers.inet import UDP
+
+from harness import packets
+from harness.agent import Agent, RemoteSocket
+from harness.fence import Fence
+from harness.netns import NetNs
+from harness.packets import DOT1AD, DOT1Q, ETHERNET_BYTES
+from harness.topology import BRIDGE_IF, Topology, Workload
+from harness.tuntap import IFF_NO_PI, IFF_TAP, IFF_TUN, TUNSETIFF
+from harness.wire import Meter, Tag, on_harness_cpu
+from netfence.dataplane import rtnl
+from netfence.dataplane.rtnl import Rtnl
+from netfence.dataplane.target import Direction
+from netfence.policy.modes import Mode, Reason
 from shape_cases import (
     ANY4,
     ANY6,
@@ -32,19 +45,6 @@ from shape_cases import (
     v6,
 )
 from shape_paths import BIG_MTU, COUNT, PathTaken, bridged_port, fenced, way_out
-
-from harness import packets
-from harness.agent import Agent, RemoteSocket
-from harness.fence import Fence
-from harness.netns import NetNs
-from harness.packets import DOT1AD, DOT1Q, ETHERNET_BYTES
-from harness.topology import BRIDGE_IF, Topology, Workload
-from harness.tuntap import IFF_NO_PI, IFF_TAP, IFF_TUN, TUNSETIFF
-from harness.wire import Meter, Tag, on_harness_cpu
-from netfence.dataplane import rtnl
-from netfence.dataplane.rtnl import Rtnl
-from netfence.dataplane.target import Direction
-from netfence.policy.modes import Mode, Reason
 
 PACKET_VNET_HDR, SOL_PACKET = 15, 263
 IFF_VNET_HDR = 0x4000
@@ -207,7 +207,7 @@ def test_segmented_packets_count_each_segment(
     segments, size, tag = 40, 1000, Tag()
     headers = ETHERNET_BYTES + (28 if to == ANY4 else 48)
     with (
-        fence.interface(workload.host_if) as fenced,
+        fence.interface(workload.host_if) as attachment,
         inside.udp(socket.AF_INET if to == ANY4 else socket.AF_INET6) as sock,
     ):
         attachment.replace(Mode.ALLOWLIST, allow=[to] if arrived else [])
@@ -222,7 +222,7 @@ def test_segmented_packets_count_each_segment(
 def test_a_tcp_stream_in_big_packets_passes_and_is_counted_by_segments(
     topology: Topology, fence: Fence, inside: Agent, to: str, limit: int, workload: Workload
 ) -> None:
-    """Above 64 KiB ("BIG TCP", Linux 6.3 for IPv4) the length field of the IP header is 0, or a jumbo option stands there."""
+    """Above 64 KiB ("BIG TCP", Linux 6.3) the length field of the IP header is 0, or a jumbo option stands there."""
     assert workload.netns is not None
     total, mss = 2_000_000, 1000
     for netns, device in ((workload.netns, "eth0"), (topology.host, workload.host_if)):

@@ -1,9 +1,9 @@
 """Packets of every shape (semantics.md 6 and 7): judged by their address, always passed, or never guessed at.
 
-Each case of `shape_cases` runs on four paths: the ingress hook of a bridged veth, of a bridged tap and of a routed tun,
-and the egress hook of a veth. A VLAN tag is "offloaded" (in `skb->vlan_tci`) on ingress, where the kernel takes the outer
-tag out before the hook, and in the data on egress from AF_PACKET; `test_shape_settings` has the offloaded ones on egress.
-So no vlan link is needed, which this kernel may lack.
+Each case of `shape_cases` runs on four paths: the ingress hook of a bridged veth, of a bridged tap and of a routed
+tun, and the egress hook of a veth. A VLAN tag is "offloaded" (in `skb->vlan_tci`) on ingress, where the kernel takes
+the outer tag out before the hook, and in the data on egress from AF_PACKET; `test_shape_settings` has the offloaded
+ones on egress. So no vlan link is needed, which this kernel may lack.
 
 What cannot be made: headers that `bpf_skb_pull_data` refuses to give (reason `unreadable`) want an allocation to fail.
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from shape_cases import ANY4, CASES, EVERYTHING, Case
-from shape_paths import COUNT, NOBODY, PathTaken, attach_foreign_dns, bridged_port, bridged_tap, fenced, way_out
 
 from harness import packets
 from harness.fence import Fence
@@ -22,6 +20,8 @@ from harness.topology import Topology, Workload
 from harness.wire import Tag
 from netfence.dataplane.target import Direction
 from netfence.policy.modes import Mode, Reason
+from shape_cases import ANY4, CASES, EVERYTHING, Case
+from shape_paths import COUNT, NOBODY, PathTaken, attach_foreign_dns, bridged_port, bridged_tap, fenced, way_out
 
 
 @pytest.fixture(scope="module")

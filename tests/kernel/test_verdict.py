@@ -26,6 +26,7 @@ from harness.topology import Topology, Workload
 from harness.wire import Tag, arp_sentinel
 from netfence.dataplane.target import Direction
 from netfence.policy.commands import CidrSpec
+from netfence.policy.limits import MAX_TTL_NESTING
 from netfence.policy.modes import Mode, Reason, is_drop
 
 COUNT = 3
@@ -172,6 +173,14 @@ def _runs_out(change: Callable[[Attachment, Net], None]) -> Do:
     return do
 
 
+def _deny_nested(attachment: Attachment, net: Net, ttl_s: float) -> None:
+    """Deny prefixes inside one another, as deep as TTLs may nest, all inside one that is allowed for ever."""
+    nested = [CidrSpec(each, ttl_s) for each in (net.wider, net.wide, net.near, net.exact)]
+    assert len(nested) == MAX_TTL_NESTING
+    assert attachment.policy is not None
+    attachment.replace(attachment.policy.mode, allow=[net.widest], deny=nested)
+
+
 ALLOWED, DENIED, LEASED = Reason.ALLOW_RULE, Reason.DENY_RULE, Reason.LEASE
 NOTHING = _default(lambda _, __: None)
 
@@ -264,20 +273,8 @@ STORIES: dict[str, list[Step]] = {
     ],
     "expired_nested_deepest": [
         _both(ALLOWED, lambda a, net: a.allow(net.widest)),
-        _both(
-            DENIED,
-            lambda a, net: [a.deny(each, LONG_S) for each in (net.wider, net.wide, net.near, net.exact)] and None,
-        ),
-        _both(
-            ALLOWED,
-            _runs_out(
-                lambda a, net: a.replace(
-                    (a.policy or pytest.fail("no policy")).mode,
-                    allow=[net.widest],
-                    deny=[CidrSpec(each, SHORT_S) for each in (net.wider, net.wide, net.near, net.exact)],
-                )
-            ),
-        ),
+        _both(DENIED, lambda a, net: _deny_nested(a, net, LONG_S)),
+        _both(ALLOWED, _runs_out(lambda a, net: _deny_nested(a, net, SHORT_S))),
     ],
     "expired_over_lease": [
         _both(LEASED, lambda a, net: a.lease(net.host) and None),
@@ -318,8 +315,8 @@ def test_mode_changes_bite_at_once(gate: Gate, family: str, mode: str) -> None:
     first = {"disabled": Reason.DISABLED, "block_all": Reason.BLOCK_ALL, "allowlist": ALLOWED, "denylist": ALLOWED}
     attachment.replace(MODES[mode], allow=[net.near])
     gate.expect(family, first[mode])
-    for other in MODES:
-        attachment.mode(MODES[other])
+    for other, number in MODES.items():
+        attachment.mode(number)
         gate.expect(family, first[other])
     attachment.mode(MODES[mode])
     gate.expect(family, first[mode])

@@ -22,10 +22,16 @@ from netfence.dns.upstream import Resolver
 __all__ = ["DnsServer", "DnsSettings", "Gate", "ProxyAnswer", "Resolver", "SharedCache"]
 
 _BACKLOG = 64
+_SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h; Linux 5.0
 
 
 class DnsServer:
-    """Serves one attachment's workload. `cache` and `resolver` are shared by all servers of the daemon."""
+    """Serves one attachment's workload. `cache` and `resolver` are shared by all servers of the daemon.
+
+    `device` is the index of the interface by which the workload's queries arrive, 0 where that cannot be told. Bound to
+    it, the server hears nobody else (semantics.md 20), and an answer to a forged source cannot leave the host by another
+    way: without that, a workload in block_all could have its questions echoed to any address it likes.
+    """
 
     def __init__(
         self,
@@ -34,7 +40,11 @@ class DnsServer:
         cache: SharedCache,
         resolver: Resolver,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        device: int = 0,
     ) -> None:
+        self._device = device
+        self._sockets: tuple[socket.socket, ...] = ()
         self._handler = Handler(gate, settings, cache, resolver, clock)
         self._udp: asyncio.DatagramTransport | None = None
         self._tcp: asyncio.Server | None = None
@@ -44,31 +54,41 @@ class DnsServer:
     async def start(self, address: str, port: int) -> None:
         """Bind UDP and TCP on exactly `address` and `port` and serve; port 0 takes any free one, then in `self.port`.
 
-        Raises OSError as the kernel gave it; then nothing is bound.
+        Raises OSError as the kernel gave it; then nothing is bound, and it may be tried again.
         """
-        udp, tcp = _bind(address, port)
+        udp, tcp = self._sockets = _bind(address, port, self._device)
         loop = asyncio.get_running_loop()
         try:
             self._udp, _ = await loop.create_datagram_endpoint(lambda: _Udp(self._handler), sock=udp)
             self._tcp = await loop.create_server(self._connection, sock=tcp, backlog=_BACKLOG)
         except BaseException:
-            await self.close()
+            self._unbind()
             udp.close()
             tcp.close()
             raise
         self.port = udp.getsockname()[1]
 
+    def use_device(self, device: int) -> None:
+        """Serve what arrives by another interface from now on (a bridge took it in, or let it go); raises OSError."""
+        self._device = device
+        if self._udp is not None:
+            for sock in self._sockets:
+                sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, device)
+
     async def close(self) -> None:
-        """Stop serving: sockets first, then the queries that still wait."""
+        """Stop serving for good: sockets first, then the queries that still wait."""
+        self._unbind()
+        for connection in list(self._connections):
+            connection.abort()
+        await self._handler.close()
+
+    def _unbind(self) -> None:
         if self._udp is not None:
             self._udp.close()
             self._udp = None
         if self._tcp is not None:
             self._tcp.close()
             self._tcp = None
-        for connection in list(self._connections):
-            connection.abort()
-        await self._handler.close()
 
     def _connection(self) -> TcpConnection:
         return TcpConnection(self._handler, self._connections)
@@ -83,16 +103,28 @@ class _Udp(asyncio.DatagramProtocol):
         self._clock = handler.clock
         self._gate = handler.gate
         self._unlimited = handler.bucket is None
+        self._transport: asyncio.DatagramTransport | None = None
         self._sendto: Callable[[bytes, Any], None] = _nowhere
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep what sends."""
         # Not isinstance: uvloop's transport is none of asyncio's classes.
-        self._sendto = cast(asyncio.DatagramTransport, transport).sendto
+        self._transport = cast(asyncio.DatagramTransport, transport)
+        self._sendto = self._transport.sendto
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Drop answers that come after the end."""
+        self._transport = None
         self._sendto = _nowhere
+
+    def pause_writing(self) -> None:
+        """Drop answers while the workload does not take them: it asks more than it reads; nothing is kept for it."""
+        self._sendto = _nowhere
+
+    def resume_writing(self) -> None:
+        """Answer again."""
+        if self._transport is not None:
+            self._sendto = self._transport.sendto
 
     def datagram_received(self, data: bytes, addr: Any) -> None:  # noqa: ANN401 - 2- or 4-tuple, opaque to us
         """Answer one datagram. This is `Handler.ready` written out, for its speed (tests/perf/dns_bench.py)."""
@@ -110,11 +142,11 @@ class _Udp(asyncio.DatagramProtocol):
 
 
 def _nowhere(_data: bytes, _addr: Any) -> None:  # noqa: ANN401 - as above
-    """Send nothing: the socket is closed."""
+    """Send nothing: the socket is closed or full."""
 
 
-def _bind(address: str, port: int) -> tuple[socket.socket, socket.socket]:
-    """Return a UDP and a TCP socket bound to the same address and port; raises OSError and leaves none open."""
+def _bind(address: str, port: int, device: int) -> tuple[socket.socket, socket.socket]:
+    """Return a UDP and a TCP socket bound to the same address, port and device; raises OSError, leaves none open."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     tcp = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -122,6 +154,9 @@ def _bind(address: str, port: int) -> tuple[socket.socket, socket.socket]:
         if family == socket.AF_INET6:
             for sock in (udp, tcp):
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if device:
+            for sock in (udp, tcp):
+                sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, device)
         # A restart must not wait for old connections in TIME_WAIT; listeners still exclude each other.
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         udp.bind((address, port))

@@ -60,6 +60,11 @@ def test_only_the_question_s_type_is_taken() -> None:
     assert scanned(build(zone, qtype="TXT"), qtype="TXT").addresses == ()
 
 
+def test_only_the_answer_section_is_taken() -> None:
+    more = "a.org. 60 IN A 93.184.216.66"
+    assert scanned(build(f"a.org. 60 IN A {PUBLIC}", authority=more, additional=more)).addresses == packed(PUBLIC)
+
+
 def test_mapped_addresses_are_ipv4() -> None:
     answer = scanned(build("a.org. 60 IN AAAA ::ffff:5db8:d822", qtype="AAAA"), qtype="AAAA")
     assert answer.addresses == packed(PUBLIC)

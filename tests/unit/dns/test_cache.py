@@ -69,9 +69,9 @@ def test_one_attachment_has_a_share_and_replaces_its_own_oldest() -> None:
 
 def test_when_full_the_largest_holder_gives() -> None:
     cache = SharedCache(entries=12, share=10)
+    cache.put(key(100), answer(), "small")
     for n in range(10):
         cache.put(key(n), answer(), "greedy")
-    cache.put(key(100), answer(), "small")
     cache.put(key(101), answer(), "small")
     cache.put(key(200), answer(), "new")  # full: the greedy one's oldest goes
     assert cache.get(key(0), 6.0) is None

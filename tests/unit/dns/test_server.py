@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from types import SimpleNamespace
 
 import pytest
 from dnslib import QTYPE, RR, DNSRecord
@@ -27,6 +28,7 @@ from tests.unit.dns.world import (
     world,
 )
 
+from netfence.dns import server as server_module
 from netfence.dns.server import DnsServer, DnsSettings, Resolver, SharedCache
 from netfence.errors import ExhaustedError, UnavailableError
 from netfence.policy.cidr import CidrTable, parse_cidr
@@ -856,6 +858,40 @@ def test_a_taken_port_is_an_os_error_and_leaves_nothing_bound(taken: int) -> Non
             other = socket.SOCK_STREAM if taken == socket.SOCK_DGRAM else socket.SOCK_DGRAM
             with socket.socket(socket.AF_INET, other) as free:
                 free.bind(("127.0.0.1", port))
+
+    run(go())
+
+
+def test_a_start_that_failed_can_be_tried_again() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            server = DnsServer(w.gate, w.settings, w.cache, w.resolver, w.clock)
+            with pytest.raises(OSError, match="in use"):
+                await server.start("127.0.0.1", w.server.port)
+            await start(server)
+            raw = (await udp_exchange(server.port, question("a.org", edns=1232)))[0]
+            assert addresses(DNSRecord.parse(raw)) == [PUBLIC]
+            await server.close()
+
+    run(go())
+
+
+def test_answers_are_dropped_not_kept_for_a_workload_that_does_not_take_them() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            await w.ask("a.org")
+            sent: list[bytes] = []
+            transport = SimpleNamespace(sendto=lambda data, _addr: sent.append(data))
+            protocol = server_module._Udp(w.server._handler)
+            protocol.connection_made(transport)  # type: ignore[arg-type]
+            query = question("a.org", edns=1232)
+            protocol.datagram_received(query, ("127.0.0.1", 1))
+            protocol.pause_writing()
+            protocol.datagram_received(query, ("127.0.0.1", 1))
+            assert len(sent) == 1
+            protocol.resume_writing()
+            protocol.datagram_received(query, ("127.0.0.1", 1))
+            assert len(sent) == 2
 
     run(go())
 
