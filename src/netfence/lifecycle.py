@@ -25,7 +25,15 @@ from netfence.config import Config
 from netfence.control.port import AttachmentView, ControlPort, UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, raw_senders, require_own_cgroup, resolve_cgroup
 from netfence.dataplane.config import Static
-from netfence.dataplane.target import Direction, Hook, InterfaceTarget, LinkLayer, choose_direction, resolve_interface
+from netfence.dataplane.target import (
+    Direction,
+    Hook,
+    InterfaceTarget,
+    LinkLayer,
+    arrival_device,
+    choose_direction,
+    resolve_interface,
+)
 from netfence.dns.cache import SharedCache
 from netfence.dns.server import DnsServer
 from netfence.dns.settings import DnsSettings
@@ -205,7 +213,7 @@ class Lifecycle:
         attachment = Attachment(
             row, policy, kernel=parts.plane, store=parts.store, control=parts.control, limits=self._limits
         )
-        server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver)
+        server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver, device=_dns_device(target, direction))
         return Live(attachment, target, direction, server, Endpoint(row.dns_host, row.dns_port))
 
     def register(self, live: Live) -> None:
@@ -323,6 +331,11 @@ class Lifecycle:
         front = await asyncio.to_thread(self.parts.plane.front, target, live.direction, live.row.id)
         if front:
             say("programs_in_front", programs=front, effect="they see packets first and could pass them around us")
+
+
+def _dns_device(target: Target, direction: Direction | None) -> int:
+    """Return the index of the interface by which the workload's queries arrive; 0 where that cannot be told."""
+    return 0 if isinstance(target, CgroupTarget) else arrival_device(target, direction or Direction.WORKLOAD)
 
 
 def key_of(target: Target) -> Key:

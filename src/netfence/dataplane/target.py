@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 from netfence.dataplane import rtnl
 from netfence.dataplane.failure import explain
@@ -24,6 +25,7 @@ PHYSICAL = "physical"  # our word for an interface without IFLA_INFO_KIND
 _NAME_MAX = 127  # ALTIFNAMSIZ - 1; real names end at 15 bytes
 
 ARPHRD_ETHER, ARPHRD_LOOPBACK, ARPHRD_RAWIP, ARPHRD_PPP, ARPHRD_NONE = 1, 772, 519, 512, 65534
+_LOOPBACK_IFINDEX = 1  # in every network namespace
 ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_SIT = 768, 769, 776
 
 _RTMSG = struct.Struct("=BBBBBBBBI")
@@ -138,6 +140,23 @@ def _direction_by_kind(target: InterfaceTarget) -> Direction:
 def side_of(direction: Direction) -> Side:
     """Translate to the kernel's word: what a workload sends enters the host, what the host sends leaves it."""
     return Side.INGRESS if direction is Direction.WORKLOAD else Side.EGRESS
+
+
+def arrival_device(target: InterfaceTarget, direction: Direction) -> int:
+    """Return the index of the device by which the workload's packets reach sockets of this host; 0: cannot be told.
+
+    A bridge hands up what its ports receive; with VLAN devices on top of it there are several, and any may be the one.
+    """
+    if direction is Direction.HOST:
+        return _LOOPBACK_IFINDEX
+    if target.bridge:
+        try:
+            bridge = socket.if_indextoname(target.bridge)
+            stacked = any(Path("/sys/class/net", bridge).glob("upper_*"))
+        except OSError:
+            return 0
+        return 0 if stacked else target.bridge
+    return 0 if target.master else target.ifindex
 
 
 def resolve_interface(name: str) -> InterfaceTarget:
