@@ -6,8 +6,8 @@ nothing opens:
 
 - a refused command changes nothing, neither here nor in the kernel;
 - leases are opened in the kernel before they are booked, and closed there after their last hold went;
-- when the store fails after the switch, the old policy is switched back in and the command fails. Leases closed
-  meanwhile stay closed: the next query opens them again;
+- when anything fails after the switch, the old policy is switched back in and the command fails. Leases closed
+  meanwhile stay closed, the next query opens them again; those that only the new policy allowed are closed;
 - work that began is finished even when the caller is cancelled.
 
 Leases are kept by `leasing`. Knows no target, no hook and no socket: those are `lifecycle`'s.
@@ -19,17 +19,17 @@ import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import structlog
 
 from netfence import policy_codec
-from netfence.control.port import AttachmentView, ControlPort
+from netfence.control.port import AttachmentView, ControlPort, FirstPolicy
 from netfence.dns.gate import ProxyAnswer
 from netfence.errors import NetfenceError, NotFoundError, PreconditionError
-from netfence.leasing import PROXY, LeaseKernel, LeaseLimits, Leases, keeps
+from netfence.leasing import PROXY, LeaseKernel, LeaseLimits, Leases, LeaseTable, keeps
 from netfence.policy.cidr import NEVER
 from netfence.policy.commands import BulkUpdate, Command, apply
 from netfence.policy.modes import DnsMode, Mode
@@ -40,10 +40,19 @@ from netfence.tasks import finish
 BULK = 500  # rules from which a command is worth a thread: below, the thread costs more than the work
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
 
-# By id of a bulk update, an attachment whose policy it made: the policy file gives one update to many attachments.
-_given_to: WeakValueDictionary[int, Attachment] = WeakValueDictionary()
-
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class _Given:
+    """A bulk update and the policy it made, as one: whoever is given the same update gets the same policy."""
+
+    update: BulkUpdate
+    policy: Policy
+
+
+# By id of the update, as long as some attachment has its policy: the policy file gives one update to many attachments.
+_given: WeakValueDictionary[int, _Given] = WeakValueDictionary()
 
 
 class Kernel(LeaseKernel, Protocol):
@@ -79,6 +88,7 @@ class Attachment:
         store: Saver,
         control: ControlPort,
         limits: LeaseLimits,
+        table: LeaseTable,
     ) -> None:
         self.row = row
         self.active = False  # the first policy is in force and stored
@@ -86,9 +96,9 @@ class Attachment:
         self._policy = policy
         self._in_kernel: Policy | None = None
         self._generation = 0
-        self._given: BulkUpdate | None = None  # what made the policy, while nothing else changed it
+        self._made_by: _Given | None = None  # keeps what made the policy in `_given`, while nothing else changed it
         self._kernel, self._store, self._control = kernel, store, control
-        self._leases = Leases(row.slot, kernel, limits)
+        self._leases = Leases(row.slot, kernel, limits, table)
         self._lock = asyncio.Lock()
         self._closed = False
         self._complaint = self._audit_complaint = 0.0  # when the next one may be logged
@@ -165,45 +175,71 @@ class Attachment:
         if new is None:
             new = await asyncio.to_thread(apply, old, command, now) if large else apply(old, command, now)
         await self._switch(new)
-        await self._leases.drop_denied(old, new)
-        digest = await asyncio.to_thread(new.hash) if large else new.hash()
         try:
+            await self._leases.drop_denied(old, new)
+            digest = await asyncio.to_thread(new.hash) if large else new.hash()
             await self._save(new, version)
-        except NetfenceError:
-            await self._switch_back(old)
+        except Exception:
+            await self._switch_back(new, old)
             raise
         self.policy_hash = digest
         self.active = True
-        self._note(command)
+        self._note(command, new)
         self.log.info("policy_applied", command=type(command).__name__, version=version, mode=new.mode.name.lower())
 
     def _shared(self, command: Command) -> Policy | None:
         """Return the policy that another attachment was given by this very update: it is immutable, so one will do."""
-        other = _given_to.get(id(command))
-        return other._policy if other is not None and other._given is command else None  # noqa: SLF001 - one of us
+        given = _given.get(id(command))
+        return given.policy if given is not None and given.update is command else None
 
-    def _note(self, command: Command) -> None:
+    def _note(self, command: Command, policy: Policy) -> None:
         """Remember what made our policy, if it makes the same for everybody: a TTL begins when it is applied."""
-        timeless = self._policy.cidrs.next_expiry() == NEVER
-        self._given = command if isinstance(command, BulkUpdate) and timeless else None
-        if self._given is not None:
-            _given_to[id(command)] = self
+        self._made_by = None
+        if isinstance(command, BulkUpdate) and policy.cidrs.next_expiry() == NEVER:
+            known = _given.get(id(command))
+            if known is None or known.update is not command:
+                known = _given[id(command)] = _Given(command, policy)
+            self._made_by = known
 
-    async def keep_start_policy(self) -> None:
-        """Go on without a first policy: nobody waits for one. The target stays in `start_mode`, durably."""
+    async def begin(self, first: FirstPolicy | None) -> None:
+        """Apply the first policy, as `apply` does; None: stay with the start policy, durably: nobody waits for one.
+
+        After a failure, or when the caller goes away, nothing more is accepted: a command that waits behind this one
+        may not bring to life what is being rolled back.
+        """
         async with self._lock:
-            await finish(self._save(self._policy, ""), f"store {self.row.id}")
-            self.active = True
+            try:
+                if first is not None:
+                    await finish(self._apply(first.update, first.version), f"apply {self.row.id}")
+                else:
+                    await finish(self._save(self._policy, ""), f"store {self.row.id}")
+                    self.active = True
+            except BaseException:
+                self._closed = True
+                raise
 
-    async def take_over(self, leases: Mapping[bytes, float]) -> None:
-        """Begin after a restart: with the restored policy, and the leases (address → expiry) that outlived the daemon.
+    def adopt(self, leases: Mapping[bytes, float]) -> None:
+        """Book leases (packed address → expiry) that outlived a daemon.
 
         Nobody knows any more which names hold those, so they are dropped by the first command that denies anything.
         """
         self._leases.adopt(leases)
+
+    async def take_over(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Have the hooks put in place by `hook`, then put our policy in force, whatever the kernel had; no command
+        comes between. Raises what `hook` raises; NotFoundError once closed.
+        """  # fmt: skip
         async with self._lock:
-            await finish(self._switch(self._policy), f"take over {self.row.id}")
-            self.active = True
+            if self._closed:
+                raise NotFoundError(f"take over {self.row.id}: it was detached")
+
+            async def work() -> None:
+                await hook()
+                self._in_kernel = None
+                await self._switch(self._policy)
+                self.active = True
+
+            await finish(work(), f"take over {self.row.id}")
 
     async def maintain(self, now: float) -> None:
         """Remove what expired: TTL entries from the policy, leases from kernel and book. `now` is monotonic seconds."""
@@ -222,11 +258,16 @@ class Attachment:
         """Accept commands again: what it was closed for has failed."""
         self._closed = False
 
-    async def while_open(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do something to the hooks that may meet neither a command nor the end; nothing once closed."""
+    def end(self) -> None:
+        """Give back the room of its leases; it is over, and the kernel has none of them any more."""
+        self._leases.end()
+
+    async def while_open(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Do something that may meet neither a command nor the end; False, and nothing done, once closed."""
         async with self._lock:
             if not self._closed:
                 await work()
+            return not self._closed
 
     @property
     def closed(self) -> bool:
@@ -261,13 +302,18 @@ class Attachment:
         self._in_kernel = self._policy = new
         self._generation += 1
 
-    async def _switch_back(self, old: Policy) -> None:
+    async def _switch_back(self, new: Policy, old: Policy) -> None:
+        """Go back to `old`, also in what only `new` let names open meanwhile. The caller hears of the first failure."""
         try:
             await self._switch(old)
-        except NetfenceError as error:
-            # The kernel is the truth: the new policy is in force, unstored; the caller hears of the first failure.
-            effect = "the refused command is in force"
-            self.log.error("policy_not_rolled_back", error=str(error), effect=effect)  # noqa: TRY400 - expected kind
+        except Exception as error:
+            # The kernel is the truth: the new policy is in force, unstored.
+            self.log.exception("policy_not_rolled_back", error=str(error), effect="the refused command is in force")
+            return
+        try:
+            await self._leases.drop_denied(new, old)
+        except Exception as error:
+            self.log.exception("leases_not_rolled_back", error=str(error), effect="closing them is tried again")
 
     async def _save(self, policy: Policy, version: str) -> None:
         encode = functools.partial(policy_codec.encode, policy, policy_codec.Clock.now())

@@ -74,6 +74,8 @@ def decide(world: World, frame: Frame) -> Reason:
         return Reason.ARP
     to = unmapped(frame.destination)
     ports = frame.protocol in ("tcp", "udp") and frame.fragment != "later"
+    if ports and (to, frame.destination_port) == world.foreign_dns:
+        return Reason.FOREIGN_DNS
     if ports and not frame.fragment and (to, frame.destination_port) == world.own_dns:
         return Reason.DNS
     free_loopback = to.is_loopback and not frame.fragment and not (ports and frame.destination_port == 53)
@@ -83,8 +85,6 @@ def decide(world: World, frame: Frame) -> Reason:
         return Reason.NEIGHBOUR
     if not world.cgroup and world.allow_dhcp and _dhcp(frame, to):
         return Reason.DHCP
-    if ports and (to, frame.destination_port) == world.foreign_dns:
-        return Reason.FOREIGN_DNS
     if world.mode is Mode.BLOCK_ALL:
         return Reason.BLOCK_ALL
     return _policy(world, frame, to)

@@ -73,7 +73,7 @@ HOSTS = [
 ]
 LENGTHS = {4: (0, 8, 15, 16, 17, 24, 31, 32), 6: (0, 16, 32, 48, 63, 64, 65, 127, 128)}
 OWN_DNS = (ipaddress.ip_address("10.53.0.1"), 11000)
-FOREIGN_DNS = (ipaddress.ip_address("10.53.0.1"), 11001)
+FOREIGN_DNS = (ipaddress.ip_address("127.0.0.1"), 11001)  # on the loopback, which else passes from a cgroup
 SLOT, FOREIGN_SLOT = 1, 2
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 
 from netfence.dataplane.clock import Clock
@@ -125,6 +126,7 @@ class InboundMap:
         self._memory = count.memory()
         self._words = memoryview(self._memory).cast("I")
         self._stride = size // 4
+        self._lock = threading.Lock()  # two walks at once would lose a count
         self._added, self._removed = fields["added"].offset // 4, fields["removed"].offset // 4
 
     def count(self, slot: int) -> int:
@@ -134,17 +136,18 @@ class InboundMap:
 
     def sweep(self, idle: int, handshake: int, now: int, *, slot: int | None = None) -> None:
         """Remove connections idle for too long (jiffies), or all of one `slot`. Walks the map; in a worker thread."""
-        for key in list(self._map.keys()):
-            (owner,) = self._key.unpack(key)
-            found = self._map.lookup(key)
-            if found is None:
-                continue
-            last_use, state = self._value.unpack(found)
-            limit = idle if state == self._open else handshake
-            gone = owner == slot if slot is not None else now - last_use > limit
-            if gone and self._map.delete(key):
-                at = owner * self._stride + self._removed
-                self._words[at] = (self._words[at] + 1) & 0xFFFFFFFF
+        with self._lock:
+            for key in list(self._map.keys()):
+                (owner,) = self._key.unpack(key)
+                found = self._map.lookup(key)
+                if found is None:
+                    continue
+                last_use, state = self._value.unpack(found)
+                limit = idle if state == self._open else handshake
+                gone = owner == slot if slot is not None else now - last_use > limit
+                if gone and self._map.delete(key):
+                    at = owner * self._stride + self._removed
+                    self._words[at] = (self._words[at] + 1) & 0xFFFFFFFF
 
     def close(self) -> None:
         """Let go of the shared memory."""
