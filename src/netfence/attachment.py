@@ -34,6 +34,7 @@ from netfence.policy.cidr import NEVER
 from netfence.policy.commands import BulkUpdate, Command, apply
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
+from netfence.policy.search import judge_asked
 from netfence.store import Row
 from netfence.tasks import finish
 
@@ -99,6 +100,7 @@ class Attachment:
         self._made_by: _Given | None = None  # keeps what made the policy in `_given`, while nothing else changed it
         self._kernel, self._store, self._control = kernel, store, control
         self._leases = Leases(row.slot, kernel, limits, table)
+        self._suffixes = limits.suffixes
         self._lock = asyncio.Lock()
         self._closed = False
         self._complaint = self._audit_complaint = 0.0  # when the next one may be logged
@@ -207,16 +209,16 @@ class Attachment:
         After a failure, or when the caller goes away, nothing more is accepted: a command that waits behind this one
         may not bring to life what is being rolled back.
         """
-        async with self._lock:
-            try:
+        try:
+            async with self._lock:
                 if first is not None:
                     await finish(self._apply(first.update, first.version), f"apply {self.row.id}")
                 else:
                     await finish(self._save(self._policy, ""), f"store {self.row.id}")
                     self.active = True
-            except BaseException:
-                self._closed = True
-                raise
+        except BaseException:
+            self._closed = True
+            raise
 
     def adopt(self, leases: Mapping[bytes, float]) -> None:
         """Book leases (packed address → expiry) that outlived a daemon.
@@ -226,9 +228,10 @@ class Attachment:
         self._leases.adopt(leases)
 
     async def take_over(self, hook: Callable[[], Awaitable[None]]) -> None:
-        """Have the hooks put in place by `hook`, then put our policy in force, whatever the kernel had; no command
-        comes between. Raises what `hook` raises; NotFoundError once closed.
-        """  # fmt: skip
+        """Have the hooks put in place by `hook`, then our policy in force, whatever the kernel had, as one step.
+
+        Raises what `hook` and the kernel raise; NotFoundError once closed.
+        """
         async with self._lock:
             if self._closed:
                 raise NotFoundError(f"take over {self.row.id}: it was detached")
@@ -339,7 +342,7 @@ class Attachment:
             return None
         if keeps(policy, PROXY):
             return PROXY
-        verdict = policy.judge_name(name)
+        verdict = judge_asked(policy, name, self._suffixes).verdict
         if verdict.allowed:
             return name
         if policy.audit:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -45,6 +45,7 @@ MAINTAIN_S = 30.0  # between two sweeps of every attachment: expired entries cou
 GRACE_S = 5.0  # for calls under way at a clean stop
 LIST_PIECE = 200  # attachments whose counters are read in one go, some 2 ms
 GC_THRESHOLD = (2_000, 20, 100)  # rules are hundreds of thousands of objects: few walks over all of them
+RESTART_S = 1.0  # before background work that failed begins again
 SWITCH_S = 0.001  # how long a thread at work on a large policy may keep the loop from its turn (Python's own: 5 ms)
 
 events = structlog.get_logger(__name__)
@@ -131,13 +132,12 @@ class _Process:
         parts, config = lifecycle.parts, self._config
         async with asyncio.TaskGroup() as group:
             await keeper.read_host_addresses()
-            outcomes = await restore(lifecycle, group)
-            daemon = Daemon(lifecycle, group, config.daemon_id or parts.store.daemon_id)
-            background = [
-                group.create_task(keeper.run(), name="targets"),
-                group.create_task(parts.control.run(lifecycle), name="control"),
-                group.create_task(_maintain(lifecycle), name="maintenance"),
-            ]
+            background = Background(group)
+            outcomes = await restore(lifecycle, background.start)
+            daemon = Daemon(lifecycle, background, config.daemon_id or parts.store.daemon_id)
+            background.keep(keeper.run, "targets")
+            background.keep(lambda: parts.control.run(lifecycle), "control")
+            background.keep(lambda: _maintain(lifecycle), "maintenance")
             api = await serve(daemon, config.socket, config.socket_group)
             try:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, daemon.reload)
@@ -153,22 +153,59 @@ class _Process:
                 events.info("stopping", attachments=len(lifecycle), filters=kept)
             finally:
                 await api.close(GRACE_S)
-            for task in (*background, *daemon.tasks):
-                task.cancel()
+            background.cancel()
+
+
+class Background:
+    """Work beside everything else. None of it can end the daemon: filters would stay as they are, unattended."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run work once; its failure is logged."""
+
+        async def logged() -> None:
+            try:
+                await work
+            except Exception as error:  # noqa: BLE001 - reported, and the daemon goes on
+                events.exception("background_work_failed", task=name, error=str(error))
+
+        task = self._group.create_task(logged(), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def keep(self, loop: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """Run what never ends; should it fail, that is logged, and it begins again."""
+
+        async def again() -> None:
+            while True:
+                try:
+                    await loop()
+                except Exception as error:  # noqa: BLE001 - the same
+                    events.exception("background_work_failed", task=name, error=str(error), next_try_s=RESTART_S)
+                await asyncio.sleep(RESTART_S)
+
+        self.start(again(), name)
+
+    def cancel(self) -> None:
+        """Stop all of it."""
+        for task in list(self._tasks):
+            task.cancel()
 
 
 class Daemon:
     """The daemon as its local API sees it (`api.service.DaemonPort`)."""
 
-    def __init__(self, lifecycle: Lifecycle, group: asyncio.TaskGroup, daemon_id: str) -> None:
-        self._lifecycle, self._group, self._daemon_id = lifecycle, group, daemon_id
+    def __init__(self, lifecycle: Lifecycle, background: Background, daemon_id: str) -> None:
+        self._lifecycle, self._background, self._daemon_id = lifecycle, background, daemon_id
         self._began = time.monotonic()
-        self.tasks: set[asyncio.Task[None]] = set()
 
     async def attach(self, spec: AttachSpec) -> AttachmentInfoView:
         """Fence a target; see `Lifecycle.attach`."""
         live = await self._lifecycle.attach(spec)
-        self._background(self._lifecycle.warn(live), f"warn {live.row.id}")
+        self._background.start(self._lifecycle.warn(live), f"warn {live.row.id}")
         return self._lifecycle.info(live)
 
     async def detach(self, attachment_id: str) -> None:
@@ -201,18 +238,7 @@ class Daemon:
 
     def reload(self) -> None:
         """Read the files again that decide policies (SIGHUP)."""
-        self._background(self._lifecycle.parts.control.reload(), "reload")
-
-    def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        async def logged() -> None:
-            try:
-                await work
-            except Exception as error:  # noqa: BLE001 - whatever it is: reported, and the daemon goes on
-                events.exception("background_work_failed", task=name, error=str(error))
-
-        task = self._group.create_task(logged(), name=name)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self._background.start(self._lifecycle.parts.control.reload(), "reload")
 
 
 async def _maintain(lifecycle: Lifecycle) -> None:
@@ -223,8 +249,8 @@ async def _maintain(lifecycle: Lifecycle) -> None:
         for live in lifecycle.all():
             try:
                 await live.attachment.maintain(time.monotonic())
-            except NetfenceError as error:
-                live.attachment.log.warning("maintenance_failed", error=str(error))
+            except Exception as error:
+                live.attachment.log.exception("maintenance_failed", error=str(error))
         stored = await _store_counters(lifecycle, stored)
 
 
@@ -250,8 +276,8 @@ async def _end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
             else:
                 await live.attachment.close()
                 await live.server.close()
-        except NetfenceError as error:
-            live.attachment.log.warning("not_ended", error=str(error))
+        except Exception as error:
+            live.attachment.log.exception("not_ended", error=str(error))
 
 
 async def make_control(config: Config) -> ControlPort:

@@ -12,6 +12,7 @@ import ipaddress
 import os
 import socket
 import struct
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,7 +71,10 @@ class Endpoints(Protocol):
         ...
 
     async def claim(self, endpoint: Endpoint) -> None:
-        """Take a stored endpoint again after a restart, without binding it."""
+        """Take a stored endpoint again after a restart, without binding it; idempotent.
+
+        It is taken also when an address cannot be put in place, of which NetfenceError tells.
+        """
         ...
 
     async def release(self, endpoint: Endpoint) -> None:
@@ -187,12 +191,18 @@ class AddressEndpoints:
 
 
 class Dummy:
-    """The dummy interface `netfence0`, made when first needed and removed with its last address. Blocks."""
+    """The dummy interface `netfence0`, made when first needed and removed with its last address. Blocks.
+
+    One thread at a time: between looking for a last address and removing the interface nobody may add one.
+    """
+
+    def __init__(self) -> None:
+        self._one = threading.Lock()
 
     def add(self, host: str) -> None:
         """Put an address on it; one that is there already is fine. Raises PreconditionError."""
         try:
-            with rtnl.Rtnl() as netlink:
+            with self._one, rtnl.Rtnl() as netlink:
                 index = self._index(netlink)
                 netlink.request(rtnl.RTM_NEWADDR, _address(host, index), rtnl.NLM_F_CREATE | rtnl.NLM_F_REPLACE)
         except OSError as error:
@@ -201,7 +211,7 @@ class Dummy:
     def remove(self, host: str) -> None:
         """Take an address off it. Raises PreconditionError."""
         try:
-            with rtnl.Rtnl() as netlink:
+            with self._one, rtnl.Rtnl() as netlink:
                 try:
                     link = rtnl.get_link(netlink, DUMMY)
                     netlink.request(rtnl.RTM_DELADDR, _address(host, link.ifindex))

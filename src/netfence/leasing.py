@@ -22,6 +22,7 @@ from netfence.errors import ExhaustedError, NetfenceError
 from netfence.policy.leases import LeaseBook, lease_expiry
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import Policy
+from netfence.policy.search import judge_asked
 
 PROXY = "\0proxy"  # holder of leases the control plane ordered; no name reads like this
 UNKNOWN = "\0unknown"  # holder of leases found in the kernel after a restart
@@ -61,6 +62,7 @@ class LeaseLimits:
     grace_s: float
     max_s: float
     max_leases: int
+    suffixes: tuple[str, ...] = ()  # of dns.search_domains: holders are names as asked for, judged with these
 
 
 class LeaseTable:
@@ -92,13 +94,13 @@ class LeaseTable:
             f" {RESERVED:.0%} of the table stay free for the others; raise dns.max_leases_total"
         )
 
-    def evict(self, now: float) -> None:
-        """Close about `CHUNK` expired leases, first of those who have most. `now` is monotonic seconds."""
-        left = CHUNK
+    def evict(self, now: float) -> int:
+        """Close up to `CHUNK` expired leases, first of those who have most; return how many. `now`: monotonic."""
+        gone = 0
         for member in sorted(self._used, key=lambda member: self._used[member], reverse=True):
-            left -= member.evict(now, left)
-            if left <= 0:
-                return
+            if gone < CHUNK:
+                gone += member.evict(now, CHUNK - gone)
+        return gone
 
 
 class Leases:
@@ -155,10 +157,14 @@ class Leases:
             await self._settle()
             return
         holders = {holder for _, holder, _ in self._book.export()}
-        if len(holders) > MANY or UNKNOWN in holders:
-            denied = await asyncio.to_thread(_denied, old, new, holders)
-        else:
-            denied = _denied(old, new, holders)
+        try:
+            if len(holders) > MANY or UNKNOWN in holders:
+                denied = await asyncio.to_thread(_denied, old, new, holders, self._limits.suffixes)
+            else:
+                denied = _denied(old, new, holders, self._limits.suffixes)
+        except Exception as error:  # no thread, no memory: what cannot be judged is closed
+            log.exception("holders_not_judged", slot=self._slot, error=str(error), effect="all leases are closed")
+            denied = [holder for _, holder, _ in self._book.export()]
         for start in range(0, len(denied), CHUNK):
             self._drop(frozenset(denied[start : start + CHUNK]))
             await asyncio.sleep(0)
@@ -188,8 +194,8 @@ class Leases:
         try:
             self._kernel.open_leases(self._slot, addresses, expiry)
         except ExhaustedError:
-            self.evict(now, CHUNK, addresses)
-            self._table.evict(now)
+            if self.evict(now, CHUNK, addresses) + self._table.evict(now) == 0:
+                raise
             self._kernel.open_leases(self._slot, addresses, expiry)
 
     def _drop_all(self) -> None:
@@ -241,16 +247,18 @@ class Leases:
             raise ExhaustedError(f"open {len(addresses)} addresses: {refusal}")
 
 
-def keeps(policy: Policy, holder: str) -> bool:
-    """Tell whether the policy lets this holder have leases."""
+def keeps(policy: Policy, holder: str, suffixes: Iterable[str] = ()) -> bool:
+    """Tell whether the policy lets this holder have leases; `suffixes` are of `policy.search.search_suffixes`."""
     if holder == PROXY:
         return policy.dns.mode is DnsMode.PROXY and (policy.mode is not Mode.BLOCK_ALL or policy.audit)
-    return policy.judge_name(holder).allowed
+    return judge_asked(policy, holder, suffixes).verdict.allowed
 
 
-def _denied(old: Policy, new: Policy, holders: Iterable[str]) -> list[str]:
+def _denied(old: Policy, new: Policy, holders: Iterable[str], suffixes: Iterable[str]) -> list[str]:
     """Return the holders that `new` denies. Of those we do not know we know only that `old` allowed them."""
-    return [holder for holder in holders if (_tighter(old, new) if holder == UNKNOWN else not keeps(new, holder))]
+    return [
+        holder for holder in holders if (_tighter(old, new) if holder == UNKNOWN else not keeps(new, holder, suffixes))
+    ]
 
 
 def _tighter(old: Policy, new: Policy) -> bool:

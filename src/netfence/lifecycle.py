@@ -39,12 +39,13 @@ from netfence.dns.server import DnsServer
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
-from netfence.errors import ExistsError, NetfenceError, NotFoundError, PreconditionError
+from netfence.errors import ExistsError, NotFoundError, PreconditionError
 from netfence.kernel import Kernel
-from netfence.leasing import LeaseLimits
+from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.commands import Command
 from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
+from netfence.policy.search import search_suffixes
 from netfence.store import Row, Store
 from netfence.tasks import finish
 
@@ -58,14 +59,23 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Live:
-    """An attachment with what belongs to it. `gone`: its target went away while it was being attached."""
+    """An attachment with what belongs to it, and how far it is.
+
+    `attached` is set in one go with giving up the roll-back: who ends it, the roll-back or `Lifecycle.end`, is never
+    in doubt. `ended`: nothing of it is left. `gone`: its target went away. `hooked`: its hooks are in place, or partly;
+    `hook_lost`: one of them was taken away while it was being attached.
+    """
 
     attachment: Attachment
     target: Target
     direction: Direction | None
     server: DnsServer
     endpoint: Endpoint
+    attached: bool = False
+    ended: bool = False
     gone: bool = False
+    hooked: bool = False
+    hook_lost: bool = False
 
     @property
     def row(self) -> Row:
@@ -110,16 +120,26 @@ class Lifecycle:
         self._targets: dict[Key, str] = {}
         config = parts.config
         self._limits = LeaseLimits(
-            config.dns.min_lease, config.dns.lease_grace, config.dns.max_lease, config.dns.max_leases
+            config.dns.min_lease,
+            config.dns.lease_grace,
+            config.dns.max_lease,
+            config.dns.max_leases,
+            search_suffixes(config.dns.search_domains),
         )
+        self._table = LeaseTable(config.dns.max_leases_total)
 
     def __len__(self) -> int:
-        return sum(live.attachment.active for live in self._live.values())
+        return sum(live.attached for live in self._live.values())
 
     def all(self) -> list[Live]:
-        """Return every attachment whose first policy is in force, oldest first."""
-        active = [live for live in self._live.values() if live.attachment.active]
-        return sorted(active, key=lambda live: (live.row.attached_at, live.row.id))
+        """Return every attachment that is attached, its first policy in force, oldest first."""
+        return sorted(
+            (live for live in self.every() if live.attached), key=lambda live: (live.row.attached_at, live.row.id)
+        )
+
+    def every(self) -> list[Live]:
+        """Return every attachment, also those being attached."""
+        return list(self._live.values())
 
     def by_target(self, key: Key) -> Live | None:
         """Return the attachment of a target, also one being attached."""
@@ -145,28 +165,39 @@ class Lifecycle:
         name = spec.interface if spec.interface is not None else str(spec.cgroup)
         self.parts.control.check(name)
         async with AsyncExitStack() as undo:
-            target = await finish(asyncio.to_thread(_resolve, spec), f"resolve {name}")
-            if isinstance(target, CgroupTarget):
-                undo.callback(target.close)
+            target = await self._resolve(undo, spec, name)
             direction = _direction(target, spec)
             attachment_id = str(uuid.uuid4())
             self._reserve(target, attachment_id)
-            undo.callback(self._targets.pop, key_of(target))
+            undo.callback(self._targets.pop, key_of(target), None)
             live = await self._build(undo, attachment_id, target, direction, spec)
             try:
                 await self._open(undo, live)
-            except NetfenceError as error:
-                await self._unsubscribe(live, UnsubscribeReason.ERROR, str(error))
-                raise
             except asyncio.CancelledError:
                 await self._unsubscribe(live, UnsubscribeReason.ERROR, "the caller went away")
                 raise
+            except Exception as error:
+                await self._unsubscribe(live, UnsubscribeReason.ERROR, str(error))
+                raise
+            # One step, and no suspension since `_open` has looked: from here on `end` is the only way out.
             undo.pop_all()
+            live.attached = True
         row = live.row
         live.attachment.log.info(
             "attached", mechanism=row.mechanism, direction=row.direction, dns=dns_address(row), slot=row.slot
         )
         return live
+
+    async def _resolve(self, undo: AsyncExitStack, spec: AttachSpec, name: str) -> Target:
+        """Look the target up; a cgroup's descriptor is closed by the roll-back, also when the caller went away."""
+
+        async def work() -> Target:
+            target = await asyncio.to_thread(_resolve, spec)
+            if isinstance(target, CgroupTarget):
+                undo.callback(target.close)
+            return target
+
+        return await finish(work(), f"resolve {name}")
 
     async def _build(
         self, undo: AsyncExitStack, attachment_id: str, target: Target, direction: Direction | None, spec: AttachSpec
@@ -177,22 +208,38 @@ class Lifecycle:
         undo.callback(parts.plane.free_slot, slot)
         row = _row(attachment_id, slot, target, direction, spec, parts.boot_id)
         live = self.make(row, target, direction, start_policy(Mode[parts.config.enforcement.start_mode.upper()]))
+        undo.callback(live.attachment.end)
         undo.push_async_callback(_undo, live.server.close, "close the DNS server")
-        endpoint = await finish(parts.endpoints.reserve(live.server.start), f"reserve DNS for {row.name}")
-        undo.push_async_callback(_undo, lambda: parts.endpoints.release(endpoint), "release the DNS endpoint")
-        live.endpoint = endpoint
+        await finish(self._reserve_dns(undo, live), f"reserve DNS for {row.name}")
+        endpoint = live.endpoint
         live.attachment.row = replace(row, dns_host=endpoint.host, dns_port=endpoint.port)
         self._live[attachment_id] = live
         undo.callback(self._live.pop, attachment_id, None)
         undo.callback(parts.watch.unwatch, target)
         parts.watch.watch(target)
-        undo.push_async_callback(_undo, lambda: parts.store.remove(attachment_id), "remove the stored state")
+        undo.push_async_callback(_undo, lambda: self._remove_row(live), "remove the stored state")
         await finish(parts.store.reserve(live.row), f"store {row.name}")
-        undo.push_async_callback(_undo, lambda: parts.plane.detach(slot, target, attachment_id), "take the hooks off")
+        undo.push_async_callback(_undo, lambda: self._unhook(live), "take the hooks off")
+        live.hooked = True
         attach = parts.plane.attach(slot, target, self.static(live), direction, attachment_id)
         mechanism = await finish(attach, f"attach {row.name}")
         live.attachment.row = replace(live.row, mechanism=mechanism)
         return live
+
+    async def _reserve_dns(self, undo: AsyncExitStack, live: Live) -> None:
+        live.endpoint = endpoint = await self.parts.endpoints.reserve(live.server.start)
+        undo.push_async_callback(_undo, lambda: self.parts.endpoints.release(endpoint), "release the DNS endpoint")
+
+    async def _unhook(self, live: Live) -> None:
+        await self.parts.plane.detach(live.row.slot, live.target, live.row.id)
+        live.hooked = False
+
+    async def _remove_row(self, live: Live) -> None:
+        """Remove the row in a roll-back; it stays while hooks do, or the next start would not know whose they are."""
+        if live.hooked:
+            live.attachment.log.error("row_kept", effect="its hooks are still there; the next start takes them off")
+            return
+        await self.parts.store.remove(live.row.id)
 
     async def _open(self, undo: AsyncExitStack, live: Live) -> None:
         """Get the first policy and apply it."""
@@ -200,28 +247,38 @@ class Lifecycle:
         undo.push_async_callback(_undo, attachment.close, "refuse further commands")
         first = await self.parts.control.subscribe(attachment.view())
         # No suspension between the policy's decision and its place in the attachment's queue: see ControlPort.
-        if first is not None:
-            await attachment.apply(first.update, first.version)
-        else:
-            await attachment.keep_start_policy()
+        await attachment.begin(first)
+        while live.hook_lost:
+            live.hook_lost = False
+            await finish(attachment.while_open(lambda: self.put_back(live)), f"put back {live.row.name}")
         if live.gone:
             raise NotFoundError(f"attach to {live.row.name}: it was removed meanwhile; attach the new one")
+
+    async def put_back(self, live: Live) -> None:
+        """Attach what somebody took away of its hooks; inside `while_open`."""
+        if not await self.parts.plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
+            live.attachment.log.error("hook_put_back", effect="somebody removed it; it was open meanwhile")
 
     def make(self, row: Row, target: Target, direction: Direction | None, policy: Policy) -> Live:
         """Make the objects of an attachment; nothing happens yet."""
         parts = self.parts
         attachment = Attachment(
-            row, policy, kernel=parts.plane, store=parts.store, control=parts.control, limits=self._limits
+            row,
+            policy,
+            kernel=parts.plane,
+            store=parts.store,
+            control=parts.control,
+            limits=self._limits,
+            table=self._table,
         )
         server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver, device=_dns_device(target, direction))
         return Live(attachment, target, direction, server, Endpoint(row.dns_host, row.dns_port))
 
     def register(self, live: Live) -> None:
-        """Note a restored attachment."""
+        """Note a restored attachment; what it was stored with is its policy, whatever becomes of taking it over."""
         self._reserve(live.target, live.row.id)
         self._live[live.row.id] = live
-        live.attachment.active = True  # its policy is in force, whatever becomes of taking it over
-        self.parts.watch.watch(live.target)
+        live.attachment.active = live.attached = True
 
     def static(self, live: Live) -> Static:
         """Return what the kernel has to know beside the policy. Raises PreconditionError in direction host."""
@@ -249,7 +306,7 @@ class Lifecycle:
         other = self._targets.setdefault(key_of(target), attachment_id)
         if other != attachment_id:
             live = self._live.get(other)
-            state = f"attached already, as {other}" if live and live.attachment.active else "being attached or detached"
+            state = f"attached already, as {other}" if live and live.attached else "being attached or detached"
             raise ExistsError(f"attach to {_name(target)}: it is {state}; detach it first")
 
     # -- detach -------------------------------------------------------------------------------------------------------
@@ -257,37 +314,60 @@ class Lifecycle:
     async def detach(self, attachment_id: str) -> None:
         """Take a fence off. Raises NotFoundError."""
         live = self._live.get(attachment_id)
-        if live is None or not live.attachment.active:
+        if live is None or not live.attached:
             raise NotFoundError(f"detach: no attachment {attachment_id}; see `netfenced list`")
         await finish(self.end(live, UnsubscribeReason.DETACHED), f"detach {live.row.name}")
 
     async def end(self, live: Live, reason: UnsubscribeReason) -> None:
         """Take everything of an attachment away.
 
-        When the kernel refuses, the attachment stays in force; when the store does, it stays listed, without a fence,
-        until a second detach removes the row.
+        When the kernel refuses, the attachment stays in force, its hooks are put back; when the store does, it stays
+        listed, without a fence, until a second detach removes the row. Nothing to do for one that is not attached (its
+        roll-back ends it) or is being ended.
         """
         row, parts = live.row, self.parts
-        if self._live.pop(row.id, None) is None:
+        if not live.attached or self._live.get(row.id) is not live:
             return
+        del self._live[row.id]
         parts.watch.unwatch(live.target)
-        await live.attachment.close()
         try:
-            await parts.plane.detach(row.slot, live.target, row.id)
+            await live.attachment.close()
+            await self._unhook(live)
             await parts.store.remove(row.id)
         except BaseException:
-            live.attachment.reopen()
-            self._live[row.id] = live
-            parts.watch.watch(live.target)
+            await self._keep(live, reason)
             raise
         await _undo(live.server.close, "close the DNS server")
         await _undo(lambda: parts.endpoints.release(live.endpoint), "release the DNS endpoint")
         parts.plane.free_slot(row.slot)
         self._targets.pop(key_of(live.target), None)
+        live.attachment.end()
+        live.ended = True
         if isinstance(live.target, CgroupTarget):
             live.target.close()
         await self._unsubscribe(live, reason, "")
         live.attachment.log.info("detached", reason=reason.name.lower())
+
+    async def _keep(self, live: Live, reason: UnsubscribeReason) -> None:
+        """Go on with an attachment whose end failed; one whose target is gone has nothing to watch and to hook."""
+        live.attachment.reopen()
+        self._live[live.row.id] = live
+        if reason is UnsubscribeReason.REMOVED:
+            return
+
+        async def watch() -> None:
+            self.parts.watch.watch(live.target)
+
+        await _undo(watch, "watch the target again")
+        if live.hooked:  # some of its hooks may be off, and its policy may be out of force
+            await _undo(lambda: live.attachment.take_over(lambda: self.hook_again(live)), "put the hooks back")
+
+    async def hook_again(self, live: Live) -> None:
+        """Put in place what is missing of its hooks and what the kernel has to know of it."""
+        plane = self.parts.plane
+        if not await plane.restore(live.row.slot, live.target, self.static(live), live.direction, live.row.id):
+            live.attachment.log.warning("hook_put_back", effect="it was open while the hook was missing")
+        live.hooked = True
 
     async def _unsubscribe(self, live: Live, reason: UnsubscribeReason, error: str) -> None:
         await _undo(lambda: self.parts.control.unsubscribe(live.row.id, reason, error), "unsubscribe")

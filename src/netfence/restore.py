@@ -3,7 +3,8 @@
 For each stored attachment one of four things happens: taken over (hooks in place or put back, same id, slot, DNS port
 and policy); hooked anew with its last policy (an interface of the same name and kind, after a reboot); dropped because
 its target is gone or its attach never succeeded; or left alone, loudly, because something of it cannot be read or done.
-Left alone means that the kernel goes on enforcing what it has: a failure here never opens a fence.
+Left alone means that the kernel goes on enforcing what it has: a failure here never opens a fence. After a reboot it has
+nothing, and we say so. Whatever can be tried again is, in the background: hooks, DNS ports and addresses.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import asyncio
 import enum
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -26,8 +28,13 @@ from netfence.errors import InvalidError, NetfenceError, NotFoundError, Precondi
 from netfence.lifecycle import Lifecycle, Live, Target, key_of
 from netfence.store import Row
 
-REBIND_S = 1.0  # how often a DNS port lost to another process is tried again
+AGAIN_S = 1.0  # how often hooks that could not be put in place, and lost DNS ports, are tried again
 COMPLAIN_EVERY = 30  # tries between two complaints about it
+
+ENFORCED = "the kernel goes on enforcing what it has"
+OPEN = "it is NOT fenced: after the reboot nothing is hooked"
+
+Background = Callable[[Coroutine[Any, Any, None], str], object]  # runs work, under a name, until the daemon stops
 
 log = structlog.get_logger(__name__)
 
@@ -41,14 +48,15 @@ class Outcome(enum.Enum):
     LEFT_ALONE = "left alone"
 
 
-async def restore(lifecycle: Lifecycle, rebind: asyncio.TaskGroup) -> Counter[Outcome]:
+async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outcome]:
     """Bring every stored attachment back, before anybody can ask; return how many became what.
 
-    DNS ports that are taken are waited for in tasks of `rebind`.
+    What has to be tried again is tried in the `background`.
     """
     parts = lifecycle.parts
     rows = await parts.store.load()
-    if strangers := parts.plane.pinned() - {row.id for row in rows}:
+    pinned = parts.plane.pinned()
+    if strangers := pinned - {row.id for row in rows}:
         pins, state = parts.config.bpffs_dir, parts.config.data_dir
         raise PreconditionError(
             f"take over {pins}: it holds {len(strangers)} fences that data_dir {state} does not know ({min(strangers)}"
@@ -59,10 +67,10 @@ async def restore(lifecycle: Lifecycle, rebind: asyncio.TaskGroup) -> Counter[Ou
     for row in rows:
         say = log.bind(attachment=row.id, target=row.name)
         try:
-            outcome = await _restore_one(lifecycle, row, leases.get(row.slot, {}), rebind)
-        except NetfenceError as error:
+            outcome = await _restore_one(lifecycle, row, leases.get(row.slot, {}), background)
+        except Exception as error:  # noqa: BLE001 - one must not stop the others
             outcome = Outcome.LEFT_ALONE
-            say.error("not_taken_over", error=str(error), effect="the kernel goes on enforcing what it has")
+            say.exception("not_taken_over", error=str(error), effect=ENFORCED if row.id in pinned else OPEN)
         else:
             say.info(outcome.value.replace(" ", "_"))
         outcomes[outcome] += 1
@@ -70,37 +78,88 @@ async def restore(lifecycle: Lifecycle, rebind: asyncio.TaskGroup) -> Counter[Ou
 
 
 async def _restore_one(
-    lifecycle: Lifecycle, row: Row, leases: Mapping[bytes, float], rebind: asyncio.TaskGroup
+    lifecycle: Lifecycle, row: Row, leases: Mapping[bytes, float], background: Background
 ) -> Outcome:
     parts = lifecycle.parts
+    # First of all, and whatever becomes of the rest: neither its endpoint nor its slot is given to anybody else.
+    await _claim(lifecycle, row)
+    parts.plane.claim_slot(row.slot)
     rebooted = row.boot_id != parts.boot_id
     target = await asyncio.to_thread(_find, row, rebooted)
-    parts.plane.claim_slot(row.slot)
     if target is None or row.policy is None:
-        await _drop(lifecycle, row, target)
+        await _drop(lifecycle, row, target, rebooted=rebooted)
         return Outcome.DROPPED
     policy = await asyncio.to_thread(policy_codec.decode, row.policy, policy_codec.Clock.now())
-    direction = _direction(row)
     if isinstance(target, InterfaceTarget) and target.name != row.name:  # renamed meanwhile
         row = replace(row, name=target.name)
-        await parts.store.move(row.id, row.name)
-    live = lifecycle.make(row, target, direction, policy)
+        await _noted(parts.store.move(row.id, row.name), row)
+    live = lifecycle.make(row, target, _direction(row), policy)
+    live.attachment.adopt(leases)
     lifecycle.register(live)
     try:
-        await parts.endpoints.claim(live.endpoint)
-        static = lifecycle.static(live)
-        if rebooted:
-            mechanism = await parts.plane.attach(row.slot, target, static, direction, row.id)
-            _, identity = key_of(target)
-            live.attachment.row = replace(row, identity=str(identity), mechanism=mechanism, boot_id=parts.boot_id)
-            await parts.store.replace(live.row)
-        elif not await parts.plane.restore(row.slot, target, static, direction, row.id):
-            live.attachment.log.warning("hook_put_back", effect="it was open while the hook was missing")
-        await live.attachment.take_over(leases)
-    finally:
-        # Whatever failed: its DNS server is up, and the next detach or command finds it.
-        await _bind(live, rebind)
-    return Outcome.HOOKED_ANEW if rebooted else Outcome.TAKEN_OVER
+        await live.attachment.take_over(lambda: _hook(lifecycle, live))
+    except Exception as error:
+        effect = ENFORCED if row.id in parts.plane.pinned() else OPEN
+        live.attachment.log.exception("not_taken_over", error=str(error), effect=f"{effect}; it is tried again")
+        background(_hook_later(lifecycle, live), f"hook {row.id}")
+        outcome = Outcome.LEFT_ALONE
+    else:
+        await _hooked(lifecycle, live)
+        outcome = Outcome.HOOKED_ANEW if rebooted else Outcome.TAKEN_OVER
+    await _bind(lifecycle, live, background)
+    return outcome
+
+
+async def _claim(lifecycle: Lifecycle, row: Row) -> None:
+    """Take a stored endpoint again; an address that cannot be put in place is tried again with the binding."""
+    try:
+        await lifecycle.parts.endpoints.claim(Endpoint(row.dns_host, row.dns_port))
+    except Exception as error:
+        log.exception("dns_address_lost", attachment=row.id, error=str(error))
+
+
+async def _hook(lifecycle: Lifecycle, live: Live) -> None:
+    """Take the hooks over, or attach them where an earlier boot had them. Raises what that raises; may be repeated."""
+    parts, row = lifecycle.parts, live.row
+    parts.watch.watch(live.target)
+    if row.boot_id == parts.boot_id or row.id in parts.plane.pinned():
+        await lifecycle.hook_again(live)
+        return
+    mechanism = await parts.plane.attach(row.slot, live.target, lifecycle.static(live), live.direction, row.id)
+    live.hooked = True
+    live.attachment.row = replace(live.row, mechanism=mechanism)
+
+
+async def _hooked(lifecycle: Lifecycle, live: Live) -> None:
+    """Note where it is hooked, after a reboot."""
+    if live.row.boot_id != lifecycle.parts.boot_id:
+        _, identity = key_of(live.target)
+        live.attachment.row = replace(live.row, identity=str(identity), boot_id=lifecycle.parts.boot_id)
+        await _noted(lifecycle.parts.store.replace(live.row), live.row)
+
+
+async def _noted(storing: Coroutine[Any, Any, object], row: Row) -> None:
+    """Store what the next start finds out by itself, if it must: a disk that is full keeps no fence from its place."""
+    try:
+        await storing
+    except NetfenceError as error:
+        log.warning("not_stored", attachment=row.id, error=str(error))
+
+
+async def _hook_later(lifecycle: Lifecycle, live: Live) -> None:
+    tries = 0
+    while not live.ended:
+        await asyncio.sleep(AGAIN_S)
+        try:
+            if not live.attachment.closed:
+                await live.attachment.take_over(lambda: _hook(lifecycle, live))
+                await _hooked(lifecycle, live)
+                live.attachment.log.info("taken_over_at_last")
+                return
+        except Exception as error:
+            tries += 1
+            if tries % COMPLAIN_EVERY == 0:
+                live.attachment.log.exception("still_not_taken_over", error=str(error))
 
 
 def _find(row: Row, rebooted: bool) -> Target | None:
@@ -120,10 +179,15 @@ def _find(row: Row, rebooted: bool) -> Target | None:
     return interface if same else None
 
 
-async def _drop(lifecycle: Lifecycle, row: Row, target: Target | None) -> None:
-    """Remove what is left of an attachment whose target is gone or whose attach was never finished."""
+async def _drop(lifecycle: Lifecycle, row: Row, target: Target | None, *, rebooted: bool) -> None:
+    """Remove what is left of an attachment whose target is gone or whose attach was never finished.
+
+    Of a target that is gone, and after a reboot, only pins and map entries: its index may be another one's by now.
+    """
     parts = lifecycle.parts
-    await parts.plane.detach(row.slot, target or _ghost(row), row.id)
+    await parts.plane.detach(row.slot, _ghost(row) if target is None or rebooted else target, row.id)
+    if row.kind == "interface":
+        parts.plane.forget_interface(row.slot, int(row.identity))
     parts.plane.free_slot(row.slot)
     await parts.endpoints.release(Endpoint(row.dns_host, row.dns_port))
     await parts.store.remove(row.id)
@@ -134,12 +198,12 @@ async def _drop(lifecycle: Lifecycle, row: Row, target: Target | None) -> None:
 
 
 def _ghost(row: Row) -> Target:
-    """Return a stand-in for a target that is gone, by which its pins and map entries are found."""
+    """Return a stand-in for a target that is gone, by whose kind its pins are found; nothing has number 0."""
     if row.kind == "cgroup":
-        return CgroupTarget(row.name, int(row.identity), -1)
+        return CgroupTarget(row.name, 0, -1)
     return InterfaceTarget(
         name=row.name,
-        ifindex=int(row.identity),
+        ifindex=0,
         kind=row.link_kind,
         arphrd=0,
         layer=LinkLayer.L2,
@@ -157,26 +221,29 @@ def _direction(row: Row) -> Direction | None:
     return Direction.HOST if row.direction == "host" else Direction.WORKLOAD
 
 
-async def _bind(live: Live, rebind: asyncio.TaskGroup) -> None:
+async def _bind(lifecycle: Lifecycle, live: Live, background: Background) -> None:
     """Bind the DNS server to its old endpoint, or go on trying: the fence stays, never a detach (semantics.md 27)."""
     try:
         await live.server.start(live.endpoint.host, live.endpoint.port)
     except OSError as error:
         effect = "the fence stays, its workload cannot resolve names"
         live.attachment.log.error("dns_port_lost", dns=str(live.endpoint), error=str(error), effect=effect)  # noqa: TRY400
-        rebind.create_task(_rebind(live), name=f"rebind {live.row.id}")
+        background(_rebind(lifecycle, live), f"rebind {live.row.id}")
 
 
-async def _rebind(live: Live) -> None:
+async def _rebind(lifecycle: Lifecycle, live: Live) -> None:
+    async def bind() -> None:
+        await lifecycle.parts.endpoints.claim(live.endpoint)
+        await live.server.start(live.endpoint.host, live.endpoint.port)
+
     tries = 0
-    while not live.attachment.closed:
-        await asyncio.sleep(REBIND_S)
+    while not live.ended:
+        await asyncio.sleep(AGAIN_S)
         try:
-            await live.server.start(live.endpoint.host, live.endpoint.port)
-        except OSError as error:
+            if await live.attachment.while_open(bind):  # never beside its end, which closes the server
+                live.attachment.log.info("dns_port_back", dns=str(live.endpoint))
+                return
+        except (OSError, NetfenceError) as error:
             tries += 1
             if tries % COMPLAIN_EVERY == 0:
                 live.attachment.log.error("dns_port_still_lost", dns=str(live.endpoint), error=str(error))  # noqa: TRY400
-        else:
-            live.attachment.log.info("dns_port_back", dns=str(live.endpoint))
-            return

@@ -8,6 +8,8 @@ at once do not wait for one another.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -29,6 +31,9 @@ from netfence.dataplane.target import host_addresses, own_addresses
 from netfence.dataplane.watch import LinkWatcher
 from netfence.errors import NetfenceError
 from netfence.lifecycle import Key, Lifecycle, Live, Target, key_of
+from netfence.tasks import finish
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries to clean up after a target that is gone; doubled each time
 
 log = structlog.get_logger(__name__)
 
@@ -79,10 +84,17 @@ class TargetKeeper:
         async with asyncio.TaskGroup() as group:
             while True:
                 event = await self._watchers.queue.get()
-                try:
-                    await self._handle(event, group)
-                except NetfenceError as error:
-                    log.warning("target_event_failed", event_kind=type(event).__name__, error=str(error))
+                await self._try(self._handle(event, group), type(event).__name__)
+
+    async def _try(self, work: Coroutine[Any, Any, None], what: str, live: Live | None = None) -> None:
+        """Do one thing; its failure is logged and keeps no other from being done."""
+        say = live.attachment.log if live is not None else log
+        try:
+            await work
+        except NetfenceError as error:
+            say.warning("target_event_failed", event_kind=what, error=str(error))
+        except Exception as error:  # noqa: BLE001 - one event must not stop the rest
+            say.exception("target_event_failed", event_kind=what, error=str(error))
 
     async def read_host_addresses(self) -> None:
         """Tell the kernel which addresses this host has."""
@@ -113,14 +125,21 @@ class TargetKeeper:
         live = self._lifecycle.by_target(key)
         if live is None:
             return
-        if not live.attachment.active:
-            live.gone = True  # its attach is under way and rolls itself back
-            return
+        if live.gone:
+            return  # its roll-back, or the loop below, is about it
+        live.gone = True
+        if not live.attached:
+            return  # its attach is under way and rolls itself back
         live.attachment.log.info("target_gone")
-        try:
-            await self._lifecycle.end(live, UnsubscribeReason.REMOVED)
-        except NetfenceError as error:
-            live.attachment.log.warning("target_not_cleaned_up", error=str(error), remedy="detach it")
+        pause_s = FIRST_PAUSE_S
+        while not live.ended:
+            try:
+                await finish(self._lifecycle.end(live, UnsubscribeReason.REMOVED), f"end {live.row.name}")
+            except Exception as error:  # noqa: BLE001 - whatever it is: tried again
+                live.attachment.log.warning("target_not_cleaned_up", error=str(error), next_try_s=pause_s)
+            if not live.ended:  # refused, or being detached by somebody else, who may fail
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _renamed(self, ifindex: int, name: str) -> None:
         live = self._lifecycle.by_target(("interface", ifindex))
@@ -138,17 +157,15 @@ class TargetKeeper:
                 self._plane.set_own_addresses(live.row.slot, addresses)
 
     async def _put_back(self, live: Live) -> None:
-        async def work() -> None:
-            if not await self._plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
-                live.attachment.log.error("hook_put_back", effect="somebody removed it; it was open meanwhile")
-
-        if live.attachment.active:
-            await live.attachment.while_open(work)
+        if not live.attached:
+            live.hook_lost = True  # its attach looks before it is done
+        elif live.hooked:
+            await live.attachment.while_open(lambda: self._lifecycle.put_back(live))
 
     async def _resync(self) -> None:
-        """Look at everything again: events were lost."""
+        """Look at everything again: events were lost. Some of it may be gone: what it is told of comes after this."""
         log.warning("target_events_lost", effect="every target is looked at again")
-        await self.read_host_addresses()
-        for live in self._lifecycle.all():
-            await self._read_own_addresses(live)
-            await self._put_back(live)
+        await self._try(self.read_host_addresses(), "Resync")
+        for live in self._lifecycle.every():
+            await self._try(self._read_own_addresses(live), "Resync", live)
+            await self._try(self._put_back(live), "Resync", live)

@@ -250,6 +250,82 @@ def test_after_a_reboot_an_interface_of_the_same_name_and_kind_is_fenced_with_it
     daemon.detach(attached.id)
 
 
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_after_a_reboot_the_old_index_of_one_that_is_gone_may_be_anothers(
+    topology: Topology, start: Start, *, tcx: bool
+) -> None:
+    workload, gone = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if)
+    lost = daemon.attach(interface=gone.host_if)
+    daemon.stop()
+    for pin in sorted(daemon.pins.rglob("*"), key=lambda path: len(path.parts), reverse=True):
+        pin.rmdir() if pin.is_dir() else pin.unlink()
+    for each in (workload, gone):
+        topology.host.run("tc", "qdisc", "del", "dev", each.host_if, "clsact", check=False)
+    index = topology.host.ip_json("link", "show", workload.host_if)[0]["ifindex"]
+    edit_state(daemon, "UPDATE attachments SET boot_id = 'the boot before', identity = '9999'")
+    edit_state(daemon, "UPDATE attachments SET identity = ? WHERE id = ?", str(index), lost.id)
+    topology.host.ip(f"link del {gone.host_if}")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+    daemon.start()
+    assert [info.id for info in daemon.attachments()] == [attached.id]
+    assert not daemon.own_events("hook_put_back", attached.id)  # its filter was never off
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+
+
+def test_a_daemon_stops_while_a_dns_port_is_lost(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.kill()
+    with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as thief:
+        thief.bind(attached.dns)
+        daemon.start()
+        assert daemon.own_events("dns_port_lost", attached.id)
+        assert daemon.stop() == 0
+    daemon.start()
+
+
+def test_what_cannot_be_taken_over_does_not_end_the_daemon_and_follows_the_file(
+    topology: Topology, start: Start
+) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.stop()
+    # In direction host the daemon must be alone in its cgroup; the test's own process joins it there.
+    edit_state(daemon, "UPDATE attachments SET direction = 'host'")
+    assert daemon._cgroup is not None
+    with Agent(netns=topology.host, cgroup=daemon._cgroup):
+        daemon.start()
+        assert daemon.own_events("not_taken_over", attached.id)
+        daemon.set_policy({"default": {"mode": "block_all"}})
+        assert daemon.alive
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.stop()
+    edit_state(daemon, "UPDATE attachments SET direction = 'workload'")
+    daemon.start()
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+
+
+def test_a_policy_file_that_is_a_circle_of_links_is_waited_out(topology: Topology, start: Start) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    circle = daemon.policy_file.with_suffix(".circle")
+    circle.symlink_to(daemon.policy_file)
+    circle.rename(daemon.policy_file)
+    daemon.wait_event("policy_file_refused")
+    daemon.hang_up()
+    wait_for(lambda: len(daemon.events("policy_file_refused")) > 1, "the file to be looked at again")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.set_policy({"default": {"mode": "denylist"}})
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+    daemon.detach(attached.id)
+
+
 def test_pins_without_state_are_not_guessed_about(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()
     daemon = start(topology, policy=POLICY)

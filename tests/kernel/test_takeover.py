@@ -129,3 +129,52 @@ def test_a_lease_is_shortened_and_opened_again(topology: Topology, directory: Pa
         assert topology.arrived(workload, UDP4, OTHER) == 0
         runner.run(plane.detach(slot, target, "one"))
         runner.run(plane.close(detach=True))
+
+
+def test_a_claimed_slot_takes_policies_and_leases_before_its_hooks_are_taken_over(
+    topology: Topology, directory: Path
+) -> None:
+    workload = topology.add_veth()
+    with topology.host.inside(), asyncio.Runner() as runner:
+        target = resolve_interface(workload.host_if)
+        first = runner.run(_open_with(directory, None))
+        slot = first.allocate_slot()
+        runner.run(first.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(first.apply(slot, POLICY, None))
+        runner.run(first.close(detach=False))
+
+        second = runner.run(_open_with(directory, None))
+        second.claim_slot(slot)
+        _holds(topology, workload)
+        runner.run(second.apply(slot, EMPTY_ALLOWLIST, None))
+        assert topology.arrived(workload, UDP4, OTHER) == 0
+        second.open_leases(slot, [bytes([203, 0, 113, 80])], time.monotonic() + 3600)
+        assert topology.arrived(workload, UDP4, OTHER) == 3
+        runner.run(second.detach(slot, target, "one"))
+        assert list(second._loaded.maps["dns_endpoints"].keys()) == []  # also what only the first daemon wrote
+        runner.run(second.close(detach=True))
+
+
+def test_a_slot_freed_twice_is_not_given_to_two(topology: Topology, directory: Path) -> None:
+    with topology.host.inside(), asyncio.Runner() as runner:
+        plane = runner.run(_open_with(directory, None))
+        slot = plane.allocate_slot()
+        plane.free_slot(slot)
+        plane.free_slot(slot)
+        assert plane.allocate_slot() == slot
+        assert plane.allocate_slot() != slot
+        runner.run(plane.close(detach=True))
+
+
+def test_a_slot_lets_go_only_of_its_own_interface(topology: Topology, directory: Path) -> None:
+    workload = topology.add_veth()
+    with topology.host.inside(), asyncio.Runner() as runner:
+        target = resolve_interface(workload.host_if)
+        plane = runner.run(_open_with(directory, False))
+        slot = plane.allocate_slot()
+        runner.run(plane.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(plane.apply(slot, POLICY, None))
+        plane.forget_interface(slot + 1, target.ifindex)
+        _holds(topology, workload)
+        runner.run(plane.detach(slot, target, "one"))
+        runner.run(plane.close(detach=True))

@@ -13,9 +13,9 @@ from tests.unit.test_store import ROW
 
 from netfence.attachment import Attachment, dns_address, start_policy
 from netfence.control.local import NoControl
-from netfence.control.port import NameDecision
+from netfence.control.port import FirstPolicy, NameDecision
 from netfence.errors import ExhaustedError, InvalidError, NetfenceError, NotFoundError, PreconditionError
-from netfence.leasing import LeaseLimits
+from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.commands import (
     AllowCidr,
     AllowDomain,
@@ -118,14 +118,22 @@ class Bench:
     def __init__(self) -> None:
         self.kernel = FakeKernel()
         self.store = FakeStore(self.kernel)
-        self.one = Attachment(
-            ROW, start_policy(Mode.BLOCK_ALL), kernel=self.kernel, store=self.store, control=NoControl(), limits=LIMITS
-        )
+        self.table = LeaseTable(100_000)
+        self.one = self.made(start_policy(Mode.BLOCK_ALL))
+
+    def made(self, policy: Policy) -> Attachment:
+        """Make an attachment over this kernel and store."""
+        parts = {"kernel": self.kernel, "store": self.store, "control": NoControl()}
+        return Attachment(ROW, policy, **parts, limits=LIMITS, table=self.table)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Check that we, the kernel and the store mean the same, as must be whenever nothing is under way."""
         assert self.kernel.policy == self.one.policy == self.store.policy
         assert set(self.kernel.leases) == set(self.one._leases.addresses())
+
+
+async def nothing() -> None:
+    """Stand in for the hooks."""
 
 
 def on_bench(work: Callable[[Bench], Awaitable[None]], *, names: bool = True) -> None:
@@ -458,10 +466,10 @@ def test_a_lease_renewed_while_the_sweep_removed_it_stays_booked() -> None:
 )  # fmt: skip
 def test_leases_of_a_former_life_end_with_the_first_command_that_denies(command: Command, left: set[bytes]) -> None:
     async def work(bench: Bench) -> None:
-        policy = bench.one.policy
-        one = Attachment(ROW, policy, kernel=bench.kernel, store=bench.store, control=NoControl(), limits=LIMITS)
+        one = bench.made(bench.one.policy)
         bench.kernel.leases[A] = time.monotonic() + 100
-        await one.take_over(dict(bench.kernel.leases))
+        one.adopt(dict(bench.kernel.leases))
+        await one.take_over(nothing)
         assert one.active
         await one.apply(command)
         assert set(bench.kernel.leases) == left
@@ -543,7 +551,7 @@ def test_hooks_are_not_touched_beside_a_command_or_after_the_end() -> None:
 
 def test_without_a_first_policy_the_start_policy_is_stored() -> None:
     async def work(bench: Bench) -> None:
-        await bench.one.keep_start_policy()
+        await bench.one.begin(None)
         assert bench.one.active
         assert bench.store.policy == EMPTY
         assert bench.kernel.calls == ["save"]
@@ -567,5 +575,195 @@ def test_counts_names_and_forms() -> None:
         assert bench.one.view().target == "veth9"
         assert bench.one.view().dns_address == "127.0.0.1:11000"
         assert dns_address(replace(ROW, dns_host="2001:db8::1", dns_port=53)) == "[2001:db8::1]:53"
+
+    on_bench(work)
+
+
+# -- what the security review found ------------------------------------------------------------------------------------
+
+
+def test_a_policy_under_way_is_never_given_to_another_attachment() -> None:
+    async def work(bench: Bench) -> None:
+        other = Bench()
+        saving = asyncio.Event()
+        save = bench.store.save
+
+        async def slow_save(row: Row, encode: Callable[[], str]) -> None:
+            await saving.wait()
+            await save(row, encode)
+
+        bench.store.save = slow_save  # type: ignore[method-assign]
+        command = asyncio.ensure_future(bench.one.apply(SetMode(Mode.DISABLED), "v2"))
+        await asyncio.sleep(0.01)
+        assert bench.one.policy.mode is Mode.DISABLED
+        await other.one.apply(NAMES, "v1")
+        assert other.one.policy.mode is Mode.ALLOWLIST
+        other.check()
+        saving.set()
+        await command
+        assert bench.one.policy.mode is Mode.DISABLED
+
+    on_bench(work)
+
+
+def test_a_command_behind_a_first_policy_that_failed_brings_nothing_to_life() -> None:
+    async def work(bench: Bench) -> None:
+        bench.kernel.switching = asyncio.Event()
+        bench.kernel.fail["apply"] = ExhaustedError("no policy index")
+        first = asyncio.ensure_future(bench.one.begin(FirstPolicy(NAMES, "v1")))
+        await asyncio.sleep(0.01)
+        queued = asyncio.ensure_future(bench.one.apply(SetMode(Mode.DISABLED), "v2"))
+        await asyncio.sleep(0.01)
+        bench.kernel.switching.set()
+        with pytest.raises(ExhaustedError):
+            await first
+        with pytest.raises(NotFoundError):
+            await queued
+        assert not bench.one.active
+        assert bench.kernel.policy is None
+
+    on_bench(work, names=False)
+
+
+@pytest.mark.parametrize("command", [AllowDomain("new.test"), SetDnsMode(DnsMode.DENYLIST)], ids=["name", "dns-mode"])
+def test_what_only_a_refused_policy_let_open_is_closed_with_it(command: Command) -> None:
+    async def work(bench: Bench) -> None:
+        save = bench.store.save
+
+        async def learn_and_fail(row: Row, encode: Callable[[], str]) -> None:
+            bench.one.learn("new.test", [B], 0)  # an answer that comes while the store works
+            await save(row, encode)
+
+        bench.store.save = learn_and_fail  # type: ignore[method-assign]
+        bench.store.fail = True
+        with pytest.raises(NetfenceError, match="disk full"):
+            await bench.one.apply(command)
+        assert B not in bench.kernel.leases
+        bench.check()
+
+    on_bench(work)
+
+
+def test_a_revocation_that_the_kernel_refuses_takes_the_command_back_and_is_tried_again() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one.learn("a.test", [A], 0)
+        close = bench.kernel.close_leases
+
+        def refuse(slot: int, addresses: Iterable[bytes]) -> None:
+            if list(addresses):
+                raise OSError(16, "busy")
+
+        bench.kernel.close_leases = refuse  # type: ignore[method-assign]
+        with pytest.raises(NetfenceError, match="close 1 revoked addresses"):
+            await bench.one.apply(DenyDomain("a.test"), "v2")
+        assert bench.one.policy.judge_name("a.test").allowed
+        assert bench.kernel.policy is bench.one.policy
+        assert bench.one.row.policy_version == "v1"
+        bench.kernel.close_leases = close  # type: ignore[method-assign]
+        await bench.one.maintain(time.monotonic())
+        bench.check()
+        assert bench.kernel.leases == {}
+
+    on_bench(work)
+
+
+def test_what_cannot_be_judged_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(bench: Bench) -> None:
+        bench.one.learn("a.test", [A], 0)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr("netfence.leasing._denied", fail)
+        await bench.one.apply(AllowDomain("x.test"))
+        assert bench.kernel.leases == {}
+        bench.check()
+
+    on_bench(work)
+
+
+def test_a_name_asked_again_under_the_new_dns_mode_keeps_its_new_lease() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one._leases._limits = replace(LIMITS, max_leases=20_000)
+        for number in range(4_000):
+            bench.one.learn(f"n{number}.b.test", [number.to_bytes(4, "big")], 3600)
+        last = (3_999).to_bytes(4, "big")
+        close = bench.kernel.close_leases
+
+        def close_leases(slot: int, addresses: Iterable[bytes]) -> None:
+            if last in bench.kernel.leases:  # between two pieces of the revocation
+                asyncio.get_running_loop().call_soon(learn_again)
+            close(slot, addresses)
+
+        learned = set()
+
+        def learn_again() -> None:
+            for name in ("again.test", "n3999.b.test"):
+                learned.add(name)
+                bench.one.learn(name, [last if name.startswith("n") else A], 0)
+
+        bench.kernel.close_leases = close_leases  # type: ignore[method-assign]
+        await bench.one.apply(SetDnsMode(DnsMode.DENYLIST))
+        assert learned
+        assert set(bench.kernel.leases) == {A, last}
+        assert bench.kernel.leases[last] - time.monotonic() == pytest.approx(360, abs=5)  # what the new answer said
+        bench.check()
+
+    on_bench(work)
+
+
+# -- one table for all -------------------------------------------------------------------------------------------------
+
+
+def test_expired_leases_of_all_make_room_in_a_full_kernel_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(bench: Bench) -> None:
+        other = bench.made(bench.one.policy)
+        await other.take_over(nothing)
+        bench.one.learn("a.test", [A, B], 0)
+        opened = bench.kernel.open_leases
+
+        def full(slot: int, addresses: Sequence[bytes], expiry: float) -> None:
+            if len(bench.kernel.leases) >= 2:
+                raise ExhaustedError("the lease table is full")
+            opened(slot, addresses, expiry)
+
+        bench.kernel.open_leases = full  # type: ignore[method-assign]
+        with pytest.raises(ExhaustedError):
+            other.learn("a.test", [b"\1" * 4], 0)
+        later = time.monotonic() + 400
+        monkeypatch.setattr("netfence.leasing.time.monotonic", lambda: later)
+        other.learn("a.test", [b"\1" * 4], 0)
+        assert set(bench.kernel.leases) == {b"\1" * 4}
+        assert list(bench.one._leases.addresses()) == []
+
+    on_bench(work)
+
+
+def test_nobody_takes_the_share_of_another() -> None:
+    async def work(bench: Bench) -> None:
+        bench.table = table = LeaseTable(400)  # a quarter stays free: 300 to share out
+        await bench.one.apply(SetDnsMode(DnsMode.DENYLIST))
+        greedy, modest, late = (bench.made(bench.one.policy) for _ in range(3))
+        for one in (greedy, modest, late):
+            one._leases._limits = replace(LIMITS, max_leases=1000)
+        late.end()
+        fresh = iter(range(1 << 16, 1 << 20))
+
+        def fill(one: Attachment) -> int:
+            for count in range(1000):
+                try:
+                    one.learn("x.test", [next(fresh).to_bytes(4, "big")], 3600)
+                except ExhaustedError:
+                    return count
+            return 1000
+
+        assert fill(greedy) == 300  # alone in the table, it may have all but the reserve
+        assert fill(modest) == 150  # and yet the other finds its share: half of what is shared out
+        with pytest.raises(ExhaustedError, match="25% of the table stay free for the others"):
+            greedy.learn("x.test", [b"\1" * 16], 0)
+        late._leases = type(late._leases)(ROW.slot, bench.kernel, replace(LIMITS, max_leases=1000), table)
+        assert fill(late) == 100
+        greedy.end()
+        assert fill(late) == 50
 
     on_bench(work)

@@ -6,10 +6,14 @@ import asyncio
 import errno
 import os
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
+from netfence import endpoints as endpoints_module
 from netfence.endpoints import AddressEndpoints, Endpoint, Endpoints, PortEndpoints, make
 from netfence.errors import ExhaustedError, NetfenceError, PermissionDeniedError, PreconditionError
 
@@ -135,3 +139,33 @@ def test_an_endpoint_tells_its_forms() -> None:
     assert str(Endpoint("::1", 53)) == "[::1]:53"
     assert (Endpoint("::1", 53).loopback, Endpoint("192.0.2.1", 53).loopback) == (True, False)
     assert Endpoint("192.0.2.1", 53).packed == b"\xc0\x00\x02\x01"
+
+
+def test_nobody_adds_an_address_while_the_interface_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = 0
+    most = 0
+
+    class Netlink:
+        def __enter__(self) -> Netlink:
+            nonlocal busy, most
+            busy += 1
+            most = max(most, busy)
+            time.sleep(0.02)  # others have all the time to come in between
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            nonlocal busy
+            busy -= 1
+
+        def request(self, *_: object) -> None:
+            """Do it."""
+
+    monkeypatch.setattr(endpoints_module.rtnl, "Rtnl", Netlink)
+    monkeypatch.setattr(endpoints_module.rtnl, "get_link", lambda *_: SimpleNamespace(ifindex=5, kind="dummy"))
+    monkeypatch.setattr(endpoints_module.rtnl, "get_addresses", lambda *_, **__: [])
+    dummy = endpoints_module.Dummy()
+    with ThreadPoolExecutor(4) as pool:
+        works = [pool.submit(work, "192.0.2.1") for work in (dummy.add, dummy.remove, dummy.add, dummy.remove)]
+    for work in works:
+        work.result()
+    assert most == 1

@@ -1,8 +1,9 @@
 """Tells when a file may have changed, by inotify on the directories it lives in.
 
 Watching the directory sees what editors and configuration tools do: write a new file and rename it over the old one.
-For a symbolic link the directory of what it points to is watched too. When a directory itself goes away, watching
-begins again as soon as it is back. Knows nothing of what is in the file.
+For a symbolic link the directory of what it points to is watched too. While something cannot be watched (a directory
+is gone, a link points in a circle, inotify has no room), the file is looked at every `REARM_S`, and watching is tried
+again. Knows nothing of what is in the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import ctypes
 import os
 import struct
 from pathlib import Path
+
+import structlog
 
 IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x8, 0x40, 0x80
 IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
@@ -27,18 +30,22 @@ Signature = tuple[int, int, int, int, int] | None
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
+log = structlog.get_logger(__name__)
+
 
 class FileWatch:
-    """Watches one path; make it on the running loop, `close` it after use. Raises OSError when inotify has no room."""
+    """Watches one path; make it on the running loop, `close` it after use."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
-        self._fd = _call(_libc.inotify_init1, os.O_NONBLOCK | os.O_CLOEXEC)
+        self._fd = -1
         self._event = asyncio.Event()
         self._directories: set[Path] = set()
         self._armed = False
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, self._read)
+        if not self._open():
+            remedy = "raise the sysctl fs.inotify.max_user_instances"
+            log.warning("file_not_watched", file=str(self._path), effect="it is looked at every second", remedy=remedy)
         self._arm()
         self._seen = self._signature()
 
@@ -65,16 +72,33 @@ class FileWatch:
                 self._seen = now
                 return
 
+    def _open(self) -> bool:
+        """Begin with inotify; False when there is no room for us yet."""
+        if self._fd < 0:
+            try:
+                self._fd = _call(_libc.inotify_init1, os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                return False
+            self._loop.add_reader(self._fd, self._read)
+        return True
+
     def _arm(self) -> None:
         """Watch the directory of the path and, for a symbolic link, the directory of its target."""
-        wanted = {self._path.parent, self._path.resolve().parent}
+        if not self._open():
+            return
+        wanted = {self._path.parent}
+        followed = True
+        try:
+            wanted.add(self._path.resolve().parent)
+        except (OSError, RuntimeError):  # RuntimeError: a circle of links
+            followed = False
         for directory in wanted - self._directories:
             try:
                 _call(_libc.inotify_add_watch, self._fd, os.fsencode(directory), INTEREST | IN_ONLYDIR)
             except OSError:
                 continue
             self._directories.add(directory)
-        self._armed = wanted <= self._directories
+        self._armed = followed and wanted <= self._directories
 
     def _read(self) -> None:
         try:

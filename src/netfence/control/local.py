@@ -125,6 +125,8 @@ class LocalControl:
         if self._host is None:
             return 0, 0
         current = {view.id: view for view in self._host.attachments()}
+        for view in current.values():  # one whose detach failed is back
+            self._given.setdefault(view.id, _Given(view, view.policy_version))
         changed = failed = 0
         for attachment_id, given in list(self._given.items()):
             given.view = current.get(attachment_id, given.view)  # an interface may have a new name
@@ -135,9 +137,10 @@ class LocalControl:
                 await self._host.apply(attachment_id, rule.update, rule.version)
             except NotFoundError:
                 self._given.pop(attachment_id, None)
-            except NetfenceError as error:
+            except Exception as error:  # noqa: BLE001 - one attachment must not stop the others
                 failed += 1
-                log.warning("policy_not_applied", attachment=attachment_id, target=given.view.target, error=str(error))
+                say = log.bind(attachment=attachment_id, target=given.view.target, error=str(error))
+                say.warning("policy_not_applied", exc_info=not isinstance(error, NetfenceError))
             else:
                 given.version = rule.version
                 changed += 1

@@ -138,12 +138,16 @@ class DataPlane:
             message = f"take over slot {slot}: it belongs to another attachment; the stored state is damaged"
             raise PreconditionError(message)
         self._free.discard(slot)
+        self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
 
     def free_slot(self, slot: int) -> None:
         """Give a slot back whose attachment is detached (or never was attached).
 
         One that could not be cleared stays taken: the next attachment would inherit its leases.
         """
+        if slot in self._free:  # somebody else may have it next: freed once more it would belong to two
+            log.error("slot_freed_twice", slot=slot)
+            return
         self._slots.pop(slot, None)
         if slot in self._dirty:
             log.error("slot_not_cleared", slot=slot, effect="it stays taken until the daemon starts again")
@@ -157,9 +161,12 @@ class DataPlane:
 
         `direction` is None for a cgroup; `name` names the pins. Raises what the hooks raise (`netfence.errors`).
         """
+        before = self._slots.get(slot)
         self._slots[slot] = SlotWord(mode=self._start_mode)
         try:
             self._write_maps(slot, static)
+            if before is not None and before.index:  # of a policy that came while the hooks could not be attached
+                self._give_back(before.index)
             if isinstance(target, CgroupTarget):
                 await self._run(lambda: self._attach_cgroup(slot, target, name))
                 mechanism = self._hooks.CGROUP
@@ -203,13 +210,17 @@ class DataPlane:
             await self._run(lambda: self._hooks.detach_cgroup(name))
         else:
             await self._run(lambda: self._hooks.detach_interface(target, name))
-            if self._interface_slot(target.ifindex) == slot:
-                self._set_interface(target.ifindex, 0)
+            self.forget_interface(slot, target.ifindex)
         self._slots[slot] = SlotWord(mode=self._start_mode)
         self._write_word(slot, self._slots[slot])
         await self._run(lambda: self._clear(slot))
         if index:
             self._give_back(index)
+
+    def forget_interface(self, slot: int, ifindex: int) -> None:
+        """Take an interface from a slot, unless the index is another slot's by now."""
+        if self._interface_slot(ifindex) == slot:
+            self._set_interface(ifindex, 0)
 
     async def close(self, *, detach: bool) -> None:
         """Let go; with `detach` remove every pin and map, else everything stays in force in the kernel."""
@@ -340,9 +351,12 @@ class DataPlane:
         self._endpoints[slot] = key
 
     def _clear(self, slot: int) -> None:
+        table = self._loaded.maps["dns_endpoints"]
         endpoint = self._endpoints.pop(slot, None)
-        if endpoint is not None:
-            self._loaded.maps["dns_endpoints"].delete(endpoint)
+        # None: a daemon before us wrote it, and we never did.
+        for key in [endpoint] if endpoint is not None else list(table.keys()):
+            if table.lookup(key) == _word(slot):
+                table.delete(key)
         self._leases.clear(slot)
         self._inbound.sweep(0, 0, 0, slot=slot)
         self._counters.clear(slot)

@@ -2,6 +2,6 @@
 
 `server` is the interface for the daemon. A query goes `server` or `tcp` → `handler` (order of work) → `wire` (form),
 `judge` (policy) or `proxy` (control plane), `cache`, `upstream` over `exchange` (sockets), `answer` (what came back),
-`guard` (rebinding), `message` (the reply). Change how a message looks in `message`, what is allowed in `judge` and
-`guard`, whom we ask in `upstream`, every bound in `limits`.
+`guard` (rebinding), `cut` (what it takes out), `message` (the reply). Change how a message looks in `message`, what is
+allowed in `judge` and `guard`, whom we ask in `upstream`, every bound in `limits`.
 """

@@ -9,10 +9,18 @@ RFC 9460 (SVCB and HTTPS).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from netfence.dns.limits import MAX_CHAIN, MAX_NEGATIVE_S, MAX_RECORDS
+from netfence.dns.limits import (
+    MAX_ADDRESSES,
+    MAX_CHAIN,
+    MAX_NAME_WORK,
+    MAX_NEGATIVE_S,
+    MAX_RECORDS,
+    MAX_SVCB_OCTETS,
+    MAX_TARGETS,
+)
 from netfence.dns.wire import (
     AAAA,
     AD,
@@ -32,6 +40,8 @@ from netfence.dns.wire import (
     TC,
     A,
     WireError,
+    label_text,
+    read_labels,
     read_name,
 )
 from netfence.policy.special import is_special
@@ -123,7 +133,9 @@ class _Scanner:
         "_soa_s",
         "_special",
         "_start",
+        "_svcb_left",
         "_ttls",
+        "_work_left",
     )
 
     def __init__(self, data: bytes, offset: int, name: str, qtype: int) -> None:
@@ -140,6 +152,8 @@ class _Scanner:
         self._answer_ttl = _NONE
         self._opt_at = 0
         self._opt_rcode = 0
+        self._work_left = MAX_NAME_WORK
+        self._svcb_left = MAX_SVCB_OCTETS
 
     def read(self, answers: int, authorities: int, extras: int) -> None:
         """Read all sections; what is left over after them is garbage."""
@@ -158,12 +172,20 @@ class _Scanner:
         """Read the owner name at the cursor; return it and the offset after it."""
         data, offset = self._data, self._offset
         if data[offset] < 192:
-            return read_name(data, offset)
+            return self._read_name(offset)
         target = (data[offset] & 0x3F) << 8 | data[offset + 1]
         name = self._names.get(target)
         if name is None:
-            name = self._names[target] = read_name(data, offset)[0]
+            name = self._names[target] = self._read_name(offset)[0]
         return name, offset + 2
+
+    def _read_name(self, offset: int) -> tuple[str, int]:
+        """Read a name as `read_name` does, and pay for it."""
+        labels, after, pointers = read_labels(self._data, offset)
+        self._work_left -= name_work(labels, pointers)
+        if self._work_left < 0:
+            raise WireError("too many or too long names")
+        return label_text(labels), after
 
     def _record(self, *, answer: bool) -> None:
         data, begin = self._data, self._offset
@@ -205,12 +227,15 @@ class _Scanner:
         data = self._data
         rdata, end = span
         if rtype == CNAME:
-            target, after = read_name(data, rdata)
+            target, after = self._read_name(rdata)
             if after != end:
                 raise WireError("CNAME of the wrong length")
             if answer and self._cnames.setdefault(owner, (target, ttl))[0] != target:
                 raise WireError("two CNAMEs for one name")
         elif rtype in (SVCB, HTTPS):
+            self._svcb_left -= end - rdata
+            if self._svcb_left < 0:
+                raise WireError("too many or too long service records")
             target, hints = read_svcb(data[rdata:end])
             self._special.update(filter(is_special, hints))
             if answer and rtype == self._qtype:
@@ -225,15 +250,17 @@ class _Scanner:
         """Follow the chain and make the value."""
         rcode = flags & 15 | self._opt_rcode << 4
         chain, linked, least = self._follow() if self._cnames else ((), (self._name,), MAX_TTL)
-        addresses: list[bytes] = []
+        addresses: dict[bytes, None] = {}  # in order, each once
         matched = False
         for owner, ttl, found, target in self._found:
             if owner in linked:
                 matched = True
                 least = min(least, ttl)
-                addresses += found
-                if target:
+                addresses.update(dict.fromkeys(found))
+                if target and target not in chain:
                     chain += (target,)
+        if max(len(addresses), len(self._special)) > MAX_ADDRESSES or len(chain) > MAX_CHAIN + MAX_TARGETS:
+            raise WireError("too many addresses, or names that they stand on")
         end = self._offset
         if self._opt_at:
             # A record of another kind behind OPT: it cannot be cut off.
@@ -250,7 +277,7 @@ class _Scanner:
             counts,
             tuple(self._ttls),
             chain,
-            tuple(dict.fromkeys(addresses)),
+            tuple(addresses),
             frozenset(self._special) if self._special else _NOTHING,
             least,
             0.0 if truncated else self._life(rcode, positive=matched or self._unread(counts)),
@@ -286,6 +313,11 @@ class _Scanner:
         if rcode not in (NOERROR, NXDOMAIN) or self._soa_s == _NONE:
             return 0.0
         return float(min(self._soa_s, self._answer_ttl, MAX_NEGATIVE_S))
+
+
+def name_work(labels: Sequence[bytes], pointers: int) -> int:
+    """Return what reading a name costs, in the unit of `MAX_NAME_WORK`."""
+    return sum(map(len, labels)) + 8 * (len(labels) + pointers)
 
 
 def normal(address: bytes) -> bytes:

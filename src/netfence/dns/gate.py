@@ -54,6 +54,8 @@ class Gate(Protocol):
     def learn(self, name: str, addresses: Sequence[bytes], ttl_s: float) -> None:
         """Open leases for packed addresses of `name` in the kernel now; the answer is sent after it returned.
 
+        `name` is the name as asked for, its search domain included: it holds the leases, and later policies have to
+        judge it with the search domains (`netfence.policy.search.judge_asked`), or a denial of it leaves them open.
         `ttl_s` is the least TTL on the chain, before any clamp. Raises NetfenceError: the client gets SERVFAIL.
         """
         ...

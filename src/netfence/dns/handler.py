@@ -18,21 +18,22 @@ import structlog
 from netfence.dns import guard, message
 from netfence.dns.answer import Answer
 from netfence.dns.cache import CacheKey, SharedCache
+from netfence.dns.cut import Cuts
 from netfence.dns.gate import Gate
 from netfence.dns.hot import HotReplies, HotReply
-from netfence.dns.judge import Verdict, chain_denial, judge, strip
+from netfence.dns.judge import Verdict, chain_denial, judge
 from netfence.dns.limits import MAX_HOT_REPLY, MAX_OUTSTANDING, MAX_REJUDGE
 from netfence.dns.message import EDE_FILTERED, EDE_NO_REACHABLE, EDE_OTHER, Ede
 from netfence.dns.proxy import ProxyBook
-from netfence.dns.ratelimit import TokenBucket
+from netfence.dns.ratelimit import LogLimit, TokenBucket
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.dns.wire import CD, HTTPS, REFUSED, SERVFAIL, SVCB, Query, Refusal, WireError, parse_query
 from netfence.errors import NetfenceError
+from netfence.policy.search import strip
 
 MAX_MESSAGE: Final = 65_535
 _NO_CAP: Final = 0x7FFFFFFF
-_LOG_EVERY_S: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -85,7 +86,8 @@ class Handler:
         self._proxy = ProxyBook(gate, clock)
         self._waiting = 0
         self._closed = False
-        self._logged = -math.inf
+        self._failures = LogLimit()
+        self._cuts = Cuts()
 
     async def close(self) -> None:
         """Leave every query that still waits unanswered, and free our share of the cache."""
@@ -157,7 +159,9 @@ class Handler:
             asked.send(self._deny(query, verdict.why, verdict.until))
             return
         if verdict.ips:
-            made = message.from_addresses(query, verdict.ips, verdict.ttl_s, verdict.since)
+            now = self.clock()
+            left_s = max(verdict.ttl_s - int(now - verdict.since), 0)  # a decision may hold longer than any lease
+            made = message.from_addresses(query, verdict.ips, left_s, now)
             asked.send(self._finish(query, verdict._replace(guard=False), made))
             return
         upstreams = policy.dns.upstreams or self._settings.upstreams
@@ -181,10 +185,10 @@ class Handler:
     def _resume(self, asked: _Asked, key: CacheKey | None, got: Answer | Verdict | NetfenceError) -> None:
         """Go on with what was waited for: the answer of an upstream (`key`) or a decision. Never raises."""
         self._waiting -= 1
+        if self._closed:
+            return  # and out of the cache: nobody would ever free what is charged to us now
         if key is not None and isinstance(got, Answer):
             self._cache.put(key, got, self)
-        if self._closed:
-            return
         try:
             self._judge_again(asked, got)
         except Exception as error:  # noqa: BLE001 - as in `take`
@@ -230,30 +234,39 @@ class Handler:
         until = verdict.until
         ede: Ede | None = None
         stay = answer.special
-        if verdict.guard:
-            if answer.chain and not verdict.denied and (why := chain_denial(policy, answer.chain)) is not None:
-                if not policy.audit:
-                    return self._deny_answer(query, why)
-                verdict = verdict._replace(denied=True, why=why)
-            if answer.special:
-                stay, stay_until = guard.permitted(answer.special, self._space, policy, now)
-                until = min(until, stay_until)
+        chain = answer.chain if verdict.guard and not verdict.denied else ()
+        if chain and (why := chain_denial(policy, chain)) is not None:
+            if not policy.audit:
+                return self._deny_answer(query, why)
+            verdict = verdict._replace(denied=True, why=why)
+        if not message.fits(query, answer):
+            return self._truncated(query)
+        if verdict.guard and answer.special:
+            stay, stay_until = guard.permitted(answer.special, self._space, policy, now)
+            until = min(until, stay_until)
         try:
             if len(stay) < len(answer.special):
                 answer, ede = self._cut(query, answer, stay)
             if not answer.end:
-                answer = message.without_opt(query, answer)
+                answer = self._cuts.cut(query, answer, answer.special)  # OPT stood in front of others
         except WireError as error:
             self.gate.note_query(True)
             return message.reply(query, SERVFAIL, Ede(EDE_OTHER, f"netfence: the answer cannot be changed: {error}"))
-        cap_s = self._cap_s if verdict.guard else _NO_CAP
+        # The control plane's own addresses are trusted, but no answer may outlive its lease.
+        cap_s = self._cap_s if verdict.guard or verdict.ips else _NO_CAP
         age_s = max(int(now - answer.received), 0)
         reply = message.relay(query, answer, age_s, cap_s, ede)
         if len(reply) > query.limit:
-            # Without records there is nothing to open: the client comes back over TCP.
-            self.gate.note_query(True)
-            return message.truncated(query)
+            return self._truncated(query)  # changed answers can be longer, by an EDE or in dnslib's hands
         return self._open(query, verdict, answer, reply, _Serving(now, age_s, cap_s, until, ede))
+
+    def _truncated(self, query: Query) -> bytes:
+        """Return the reply that sends the client to TCP, or SERVFAIL where TCP was not enough either."""
+        # Without records there is nothing to open.
+        self.gate.note_query(True)
+        if query.limit < MAX_MESSAGE:
+            return message.truncated(query)
+        return message.reply(query, SERVFAIL, Ede(EDE_OTHER, "netfence: the answer does not fit a message"))
 
     def _open(self, query: Query, verdict: Verdict, answer: Answer, reply: bytes, serving: _Serving) -> bytes:
         """Open the addresses of an answer and return its reply, or SERVFAIL when the kernel refuses them."""
@@ -265,7 +278,8 @@ class Handler:
             return reply
         if verdict.learn and answer.addresses:
             try:
-                self.gate.learn(verdict.name, answer.addresses, ttl_s)
+                # By the name as asked for: a later rule may deny it, and not the one without its search domain.
+                self.gate.learn(query.name, answer.addresses, ttl_s)
             except NetfenceError as error:
                 self.gate.note_query(True)
                 return message.reply(query, SERVFAIL, Ede(EDE_OTHER, f"netfence: cannot open the addresses: {error}"))
@@ -288,15 +302,13 @@ class Handler:
 
     def _cut(self, query: Query, answer: Answer, stay: frozenset[bytes]) -> tuple[Answer, Ede | None]:
         """Take special addresses out of an answer; the EDE when nothing that was asked for is left."""
-        left = message.cut(query, answer, stay)
+        left = self._cuts.cut(query, answer, stay)
         kept_records = query.qtype in (SVCB, HTTPS) and left.counts[0]
         if left.addresses or not answer.addresses or kept_records:
             return left, None
         return left, Ede(EDE_FILTERED, "netfence: special-purpose addresses removed; see dns.allow_private")
 
     def _log(self, event: str, error: Exception) -> None:
-        """Log a failure of ours, at most once in `_LOG_EVERY_S`: who sends the query must not fill the log."""
-        now = self.clock()
-        if now - self._logged >= _LOG_EVERY_S:
-            self._logged = now
-            log.error(event, error=repr(error))
+        """Log a failure of ours, rarely: who sends the query must not fill the log."""
+        if self._failures.due(self.clock()):
+            log.error(event, error=repr(error), since_start=self._failures.count)

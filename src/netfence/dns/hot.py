@@ -9,7 +9,7 @@ what the verdict stood on. Its body is rebuilt once per second of age, with TTLs
 from __future__ import annotations
 
 from netfence.dns.answer import Answer
-from netfence.dns.limits import MAX_HOT_ENTRIES
+from netfence.dns.limits import MAX_HOT_ANSWER, MAX_HOT_ENTRIES, MAX_HOT_KEY
 from netfence.dns.message import Ede, relay
 from netfence.dns.wire import Query
 
@@ -28,6 +28,11 @@ class HotReply:
         self._query: Query | None = None
         self._cap_s = 0
         self._ede: Ede | None = None
+
+    @property
+    def answer_size(self) -> int:
+        """Return the octets of the answer that it is made of, 0 for none."""
+        return 0 if self._answer is None else len(self._answer.raw)
 
     def counting(self, query: Query, answer: Answer, cap_s: int, ede: Ede | None, now: float) -> None:
         """Make it a reply whose TTLs count down; its body is that of the answer's age at `now`."""
@@ -49,8 +54,10 @@ class HotReplies(dict[bytes, HotReply]):
     """At most `MAX_HOT_ENTRIES` ready replies; a new one replaces the oldest."""
 
     def store(self, key: bytes, entry: HotReply) -> None:
-        """Keep an entry."""
+        """Keep an entry, unless query or answer are larger than what anybody's are (an entry holds both)."""
         self.pop(key, None)
+        if len(key) > MAX_HOT_KEY or entry.answer_size > MAX_HOT_ANSWER:
+            return
         if len(self) >= MAX_HOT_ENTRIES:
             del self[next(iter(self))]
         self[key] = entry

@@ -1,7 +1,8 @@
 """Judging one question, and one answer, by a policy. Pure: the decisions of `handler`, without its waiting.
 
 Order (semantics.md 14): packet mode `block_all` denies whatever the DNS mode; DNS mode `disabled` forwards; `proxy`
-leaves the decision to the control plane (`judge` returns None); else the domain rules.
+leaves the decision to the control plane (`judge` returns None); else the domain rules, search domains considered
+(`netfence.policy.search`, by which the attachment judges the holders of leases too).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import NamedTuple
 
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import Policy
+from netfence.policy.search import judge_asked
 
 
 class Verdict(NamedTuple):
     """What happens to a question.
 
-    `name` is the name that was judged (search domain stripped) and that holds the leases. `denied` and `audit`
-    together: answered all the same, opened not. `guard`: the rebinding guard and the TTL cap apply to upstream
+    `name` is the name that was judged (search domain stripped); leases are held by the name as asked for. `denied` and
+    `audit` together: answered all the same, opened not. `guard`: the rebinding guard and the TTL cap apply to upstream
     answers. `ips` are the control plane's own addresses, `ttl_s` and `since` their TTL and its begin. `until` ends the
     verdict itself.
     """
@@ -45,21 +47,8 @@ def judge(policy: Policy, name: str, suffixes: Iterable[str]) -> Verdict | None:
         return Verdict(name, denied=False, why="DNS mode disabled", learn=False, guard=False)
     if mode is DnsMode.PROXY:
         return None
-    found = policy.judge_name(name)
-    if (found.rule is None or not found.rule.name) and (stripped := strip(name, suffixes)) != name:
-        name, found = stripped, policy.judge_name(stripped)
-    return Verdict(name, denied=not found.allowed, why=found.why, audit=policy.audit)
-
-
-def strip(name: str, suffixes: Iterable[str]) -> str:
-    """Return the name without the first search domain that it ends with.
-
-    A name for which the operator wrote a rule (other than ``*``) is judged as it is: the caller asks here only after.
-    """
-    for suffix in suffixes:
-        if name.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+    judged, found = judge_asked(policy, name, suffixes)
+    return Verdict(judged, denied=not found.allowed, why=found.why, audit=policy.audit)
 
 
 def chain_denial(policy: Policy, chain: Iterable[str]) -> str | None:

@@ -13,9 +13,35 @@ MIN_UDP_REPLY: Final = 512
 MAX_UPSTREAM_DATAGRAM: Final = 4096
 """Octets read of one upstream datagram: more than we invite; what is longer is cut, fails to parse and is not used."""
 
-MAX_RECORDS: Final = 1024
-"""Records of an upstream answer that we take: the largest RRsets in use have some hundreds, and reading 1024 of the
-costliest form takes 30 ms of the event loop."""
+MAX_RECORDS: Final = 512
+"""Records of an upstream answer that we take: the largest RRsets in use have some hundreds."""
+
+MAX_POINTERS: Final = 64
+"""Compression pointers followed in one name: real names have one for each label that another name shares at most."""
+
+MAX_NAME_WORK: Final = 65_536
+"""What reading all names of an answer may cost: a name its octets and 8 for each label and pointer. 512 records with
+names of 80 octets and 5 labels each fit; more than 3 ms of the event loop do not."""
+
+MAX_SVCB_OCTETS: Final = 8192
+"""Octets of RDATA of all SVCB and HTTPS records in an answer: real ones have 50 to 500, keys for ECH included, and
+every 4 may be a parameter or an address."""
+
+MAX_TARGETS: Final = 16
+"""Names that the SVCB and HTTPS records of one answer lead to: each is matched against the deny rules."""
+
+MAX_ADDRESSES: Final = 512
+"""Addresses of one answer that are opened, and special ones in it that are looked up: each costs microseconds."""
+
+MAX_CUT_RECORDS: Final = 100
+"""Records of an answer out of which special-purpose addresses are cut: its names go through dnslib, at 10 to 20 µs a
+record. Answers that mix so many records with addresses that have to go are nobody's but an attacker's."""
+
+MAX_CUT_NAME_WORK: Final = 16_384
+"""As `MAX_NAME_WORK`, for an answer that is cut: dnslib is slower, and writes a name of many labels in square time."""
+
+MAX_CUTS: Final = 32
+"""Cut answers that an attachment keeps: the same answer is not cut again for every query that meets it."""
 
 MAX_CHAIN: Final = 16
 """CNAMEs followed from the question's name; resolvers stop at 8 to 16 and real chains have fewer than 6."""
@@ -72,7 +98,15 @@ MAX_HOT_ENTRIES: Final = 512
 """Ready-made replies of one attachment (its own fast path): a workload's distinct queries of a few minutes."""
 
 MAX_HOT_REPLY: Final = 512
-"""Octets of a ready-made reply: with `MAX_HOT_ENTRIES` at most 0.4 MB for an attachment that tries to fill it."""
+"""Octets of a ready-made reply; see `MAX_HOT_KEY`."""
+
+MAX_HOT_KEY: Final = 512
+"""Octets of a query with a ready-made reply: a name of 255 and EDNS options with padding to 468 (RFC 8467) fit. A
+datagram has up to 64 kB."""
+
+MAX_HOT_ANSWER: Final = 4096
+"""Octets of the answer that a ready-made reply is made of anew each second (its OPT may be all of it): with
+`MAX_HOT_ENTRIES` at most 3 MB for an attachment that tries to fill it."""
 
 MAX_DECISIONS: Final = 1024
 """Decisions of the control plane remembered per attachment in DNS mode `proxy`."""

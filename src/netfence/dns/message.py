@@ -1,40 +1,30 @@
-"""Building messages: replies to clients, queries to upstreams, answers that we change or make.
+"""Building messages: replies to clients, queries to upstreams, answers that we make.
 
 Pure. A reply without records and an unchanged answer are put together from octets (`reply`, `relay`: the fast paths);
-whatever has its records changed or made goes through dnslib (`cut`, `from_addresses`) and comes out as an `Answer`
-again, so that there is one way to a client. Sources: RFC 1035, RFC 6891 (EDNS), RFC 8914 (EDE), RFC 9460 (SVCB).
+whatever has its records changed (`cut`) or made (`from_addresses`) comes out as an `Answer` again, so that there is one
+way to a client. Sources: RFC 1035, RFC 6891 (EDNS), RFC 8914 (EDE).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 
-from dnslib import RR, DNSRecord
-from dnslib.buffer import Buffer
-from dnslib.dns import RD as RawData  # noqa: N811 - a class; the name is also a header bit
-
-from netfence.dns.answer import ADDRESS_LENGTH, HINT_LENGTH, Answer, normal, scan, svcb_head, svcb_params
+from netfence.dns.answer import ADDRESS_LENGTH, Answer, normal, scan
 from netfence.dns.limits import MAX_EDE_TEXT, MAX_UDP_REPLY
 from netfence.dns.wire import (
     AD,
     CD,
     DO,
     HEADER,
-    HEADER_LEN,
-    HTTPS,
     IN,
     OPT,
     QR,
     RA,
     RD,
     RECORD,
-    RRSIG,
-    SVCB,
     TC,
     Query,
-    WireError,
 )
 
 EDE_OTHER = 0
@@ -45,9 +35,7 @@ EDE_NETWORK = 23
 _OPT_HEAD = struct.Struct("!BHHIH")
 _OPTION = struct.Struct("!HHH")
 _LONG = struct.Struct("!I")
-_SHORTS = struct.Struct("!HH")
 _EDE_OPTION = 15
-_MANDATORY = 0
 _OWNER_IS_QUESTION = b"\xc0\x0c"
 
 
@@ -121,6 +109,12 @@ def upstream_query(key: bytes, *, do: bool, cd: bool) -> bytes:
     return HEADER.pack(0, word, 1, 0, 0, 1) + key + _OPT_HEAD.pack(0, OPT, MAX_UDP_REPLY, DO if do else 0, 0)
 
 
+def fits(query: Query, answer: Answer) -> bool:
+    """Tell whether an upstream's answer, unchanged, fits what the client takes; known before any work is done on it."""
+    octets = answer.end - answer.start if answer.end else len(answer.raw) - answer.start
+    return HEADER.size + len(query.question) + octets + len(opt(query)) <= query.limit
+
+
 def from_addresses(query: Query, addresses: Iterable[bytes], ttl_s: int, now: float) -> Answer:
     """Make the answer to `query` of the packed addresses of its family (semantics.md 14: a control plane's `ips`)."""
     size = ADDRESS_LENGTH.get(query.qtype)
@@ -131,95 +125,3 @@ def from_addresses(query: Query, addresses: Iterable[bytes], ttl_s: int, now: fl
     ]
     raw = HEADER.pack(0, QR, 1, len(records), 0, 0) + query.question + b"".join(records)
     return scan(raw, len(query.question), query.name, query.qtype, now)
-
-
-def without_opt(query: Query, answer: Answer) -> Answer:
-    """Return the answer without its OPT record, for upstreams that put it in front of others. Raises WireError."""
-    return cut(query, answer, answer.special)
-
-
-def cut(query: Query, answer: Answer, stay: frozenset[bytes]) -> Answer:
-    """Return the answer without its special-purpose addresses, but those in `stay`, and without AD if that changed it.
-
-    Address records go, hints go out of SVCB and HTTPS records (a record that declares such a hint mandatory goes
-    whole), and so do the signatures over what changed. Raises WireError when dnslib cannot read the message.
-    """
-    gone = answer.special - stay
-    with _dnslib():
-        record = DNSRecord.parse(answer.raw)
-        changed: set[tuple[str, int]] = set()
-        sections = [_filtered(section, gone, changed) for section in (record.rr, record.auth, record.ar)]
-        record.rr, record.auth, record.ar = ([rr for rr in rrs if not _signs(rr, changed)] for rrs in sections)
-        record.header.a, record.header.auth, record.header.ar = len(record.rr), len(record.auth), len(record.ar)
-        if changed:
-            record.header.ad = 0
-        raw = bytes(record.pack())
-    if raw[HEADER_LEN : HEADER_LEN + len(query.key) - 4].lower() != query.key[:-4]:
-        raise WireError("dnslib changed the question")
-    return scan(raw, len(query.question), query.name, query.qtype, answer.received)
-
-
-@contextmanager
-def _dnslib() -> Iterator[None]:
-    """Make a WireError of whatever dnslib raises: its own errors, and struct, index, value and recursion errors."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        raise WireError(f"{type(error).__name__} in dnslib") from None
-
-
-def _filtered(section: Sequence[RR], gone: frozenset[bytes], changed: set[tuple[str, int]]) -> list[RR]:
-    """Return the records of a section that stay, OPT left out; note owner and type of what changed in `changed`."""
-    kept: list[RR] = []
-    for rr in section:
-        if rr.rtype == OPT:
-            continue
-        if rr.rtype in ADDRESS_LENGTH and normal(_rdata(rr)) in gone:
-            changed.add((_owner(rr), rr.rtype))
-            continue
-        if rr.rtype in (SVCB, HTTPS):
-            before = _rdata(rr)
-            after = cut_hints(before, lambda address: address in gone)
-            if after != before:
-                changed.add((_owner(rr), rr.rtype))
-            if after is None:
-                continue
-            rr.rdata = RawData(after)
-        kept.append(rr)
-    return kept
-
-
-def _owner(rr: RR) -> str:
-    return str(rr.rname).lower()
-
-
-def _signs(rr: RR, changed: set[tuple[str, int]]) -> bool:
-    return bool(rr.rtype == RRSIG and (_owner(rr), rr.rdata.covered) in changed)
-
-
-def _rdata(rr: RR) -> bytes:
-    buffer = Buffer()
-    rr.rdata.pack(buffer)
-    return bytes(buffer.data)
-
-
-def cut_hints(rdata: bytes, is_gone: Callable[[bytes], bool]) -> bytes | None:
-    """Return SVCB or HTTPS RDATA without the hints for which `is_gone`; None when the whole record has to go."""
-    priority, target, offset = svcb_head(rdata)
-    kept: list[tuple[int, bytes]] = []
-    mandatory: set[int] = set()
-    lost: set[int] = set()
-    for key, value in svcb_params(rdata, offset):
-        if key == _MANDATORY:
-            mandatory = {value[i] << 8 | value[i + 1] for i in range(0, len(value) - 1, 2)}
-        if size := HINT_LENGTH.get(key):
-            addresses = [value[i : i + size] for i in range(0, len(value), size)]
-            value = b"".join(address for address in addresses if not is_gone(normal(address)))  # noqa: PLW2901
-            if not value:
-                lost.add(key)
-                continue
-        kept.append((key, value))
-    if lost & mandatory:
-        return None
-    params = b"".join(_SHORTS.pack(key, len(value)) + value for key, value in kept)
-    return priority.to_bytes(2, "big") + target + params

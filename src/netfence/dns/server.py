@@ -28,9 +28,9 @@ _SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h; Linux 5.0
 class DnsServer:
     """Serves one attachment's workload. `cache` and `resolver` are shared by all servers of the daemon.
 
-    `device` is the index of the interface by which the workload's queries arrive, 0 where that cannot be told. Bound to
-    it, the server hears nobody else (semantics.md 20), and an answer to a forged source cannot leave the host by another
-    way: without that, a workload in block_all could have its questions echoed to any address it likes.
+    `device` is the index of the interface by which the workload's queries arrive, 0 where that cannot be told. Bound
+    to it, the server hears nobody else (semantics.md 20), and an answer to a forged source cannot leave the host by
+    another way: without that, a workload in block_all could have its questions echoed to any address it likes.
     """
 
     def __init__(

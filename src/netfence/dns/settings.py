@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from netfence.dns.wire import NXDOMAIN, REFUSED
+from netfence.policy.search import search_suffixes
 from netfence.policy.upstream import canonical_upstream, parse_upstream
 
 REJECT_RCODES = {"refused": REFUSED, "nxdomain": NXDOMAIN}
@@ -42,9 +43,7 @@ class DnsSettings:
         if self.reject_rcode not in REJECT_RCODES:
             raise ValueError(f"dns.reject_rcode {self.reject_rcode!r}: must be one of {', '.join(REJECT_RCODES)}")
         object.__setattr__(self, "upstreams", tuple(map(canonical_upstream, self.upstreams)))
-        # Longest first, so that of two nested search domains the whole of the longer one is stripped.
-        suffixes = sorted({"." + name.strip(".").lower() for name in self.search_domains if name.strip(".")}, key=len)
-        object.__setattr__(self, "search_suffixes", tuple(reversed(suffixes)))
+        object.__setattr__(self, "search_suffixes", search_suffixes(self.search_domains))
 
     @property
     def denial_rcode(self) -> int:

@@ -22,6 +22,7 @@ from netfence.dns.cache import CacheKey
 from netfence.dns.exchange import SPOOFED, UdpExchanger, ask_tcp
 from netfence.dns.limits import MAX_FLIGHTS, MAX_FREE_FLIGHTS, RESOLVE_DEADLINE_S
 from netfence.dns.message import upstream_query
+from netfence.dns.ratelimit import LogLimit
 from netfence.dns.settings import DnsSettings, Upstream, upstreams_of
 from netfence.dns.wire import REFUSED, SERVFAIL, Query, WireError
 from netfence.errors import ExhaustedError, NetfenceError, UnavailableError
@@ -42,6 +43,8 @@ class Resolver:
         self._flights: dict[CacheKey, _Flight] = {}
         self._by_owner: dict[object, int] = {}  # flights charged to each
         self._tasks: set[asyncio.Task[None]] = set()
+        self._mismatches = LogLimit()
+        self.failures = LogLimit()
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -87,6 +90,12 @@ class Resolver:
             self._by_owner[flight.owner] = left
         else:
             del self._by_owner[flight.owner]
+
+    def note_mismatch(self, upstream: Upstream) -> None:
+        """Log, rarely, that somebody seems to guess at our sockets."""
+        if self._mismatches.due(self.clock()):
+            count = self._mismatches.count
+            log.warning("dns_answers_do_not_match", upstream=upstream.text, since_start=count)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` as a task that we keep, end with us, and whose failure is logged."""
@@ -179,13 +188,15 @@ class _Flight:
             if data is not None:
                 self._on_response(data, tcp=False)
             elif why == SPOOFED:
-                log.warning("dns_answers_do_not_match", upstream=self._current.text)
+                self._resolver.note_mismatch(self._current)
                 self._resolver.spawn(self._over_tcp(), "dns-tcp")
             else:
                 self._note(why, again=True)
                 self.next_try()
         except Exception as error:
-            log.exception("dns_flight_failed", upstream=self._current.text, error=repr(error))
+            if self._resolver.failures.due(self._resolver.clock()):
+                count = self._resolver.failures.count
+                log.exception("dns_flight_failed", upstream=self._current.text, error=repr(error), since_start=count)
             self.fail("internal error")
 
     def _on_response(self, data: bytes, *, tcp: bool) -> None:

@@ -12,7 +12,7 @@ import re
 import struct
 from typing import Final
 
-from netfence.dns.limits import MAX_QUERY_EXTRAS, MAX_UDP_REPLY, MIN_UDP_REPLY
+from netfence.dns.limits import MAX_POINTERS, MAX_QUERY_EXTRAS, MAX_UDP_REPLY, MIN_UDP_REPLY
 
 HEADER: Final = struct.Struct("!HHHHHH")  # id, flags, question, answer, authority and additional counts
 RECORD: Final = struct.Struct("!HHIH")  # type, class, TTL, RDATA length: what follows the owner name
@@ -48,6 +48,10 @@ REFUSED: Final = 5
 BADVERS: Final = 16
 
 _PLAIN = re.compile(rb"[a-z0-9_.-]+")
+_OCTETS: Final = tuple(  # the text of each octet of a label
+    chr(octet) if octet < 128 and (chr(octet).isalnum() or chr(octet) in "-_") else f"\\{octet:03d}"
+    for octet in range(256)
+)
 _HEAD2 = struct.Struct("!HH")
 
 
@@ -58,11 +62,22 @@ class WireError(ValueError):
 def read_name(data: bytes, offset: int) -> tuple[str, int]:
     """Read the name at `offset`, following compression; return it as text and the offset after it.
 
-    Every pointer must lead to before the run of labels that holds it, so that a chain of pointers ends.
+    See `read_labels` for what is refused.
+    """
+    labels, after, _ = read_labels(data, offset)
+    return label_text(labels), after
+
+
+def read_labels(data: bytes, offset: int) -> tuple[list[bytes], int, int]:
+    """Read the name at `offset`, following compression; return its labels, the offset after it, and the pointers met.
+
+    Every pointer must lead to before the run of labels that holds it, so that a chain of pointers ends, and behind the
+    header, which is ours in a reply: the client would read another name there than we. At most `MAX_POINTERS`.
     """
     labels: list[bytes] = []
     size = 1
     after = 0
+    pointers = 0
     lowest = offset
     try:
         while length := data[offset]:
@@ -78,12 +93,15 @@ def read_name(data: bytes, offset: int) -> tuple[str, int]:
                 raise WireError("unknown label type")
             after = after or offset + 2
             offset = (length & 0x3F) << 8 | data[offset + 1]
+            pointers += 1
             if offset >= lowest:
                 raise WireError("compression pointer does not lead backwards")
+            if offset < HEADER_LEN or pointers > MAX_POINTERS:
+                raise WireError("compression pointer into the header, or too many")
             lowest = offset
     except IndexError:
         raise WireError("name runs past the end") from None
-    return label_text(labels), after or offset + 1
+    return labels, after or offset + 1, pointers
 
 
 def label_text(labels: list[bytes]) -> str:
@@ -91,12 +109,7 @@ def label_text(labels: list[bytes]) -> str:
     raw = b".".join(labels).lower()
     if raw.count(b".") == len(labels) - 1 and _PLAIN.fullmatch(raw):
         return raw.decode("ascii")
-    return ".".join("".join(map(_octet, label.lower())) for label in labels)
-
-
-def _octet(octet: int) -> str:
-    char = chr(octet)
-    return char if octet < 128 and (char.isalnum() or char in "-_") else f"\\{octet:03d}"
+    return ".".join("".join(map(_OCTETS.__getitem__, label.lower())) for label in labels)
 
 
 def skip_name(data: bytes, offset: int) -> int:

@@ -141,3 +141,53 @@ def test_closing_gives_everything_back(path: Path) -> None:
 
     asyncio.run(test())
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_a_circle_of_links_is_waited_out(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+    def repaired() -> None:
+        path.unlink()
+        path.write_text("two")
+
+    assert sees(path, repaired)
+
+
+def test_a_circle_elsewhere_is_seen_to_be_repaired(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    path.unlink()
+    path.symlink_to(other / "link")
+    (other / "link").symlink_to(path)
+
+    def repaired() -> None:
+        (other / "link").unlink()
+        (other / "link").write_text("two")
+
+    assert sees(path, repaired)
+
+
+def test_without_inotify_the_file_is_looked_at_until_there_is_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, full = filewatch._call, True
+
+    def no_room(function: object, *arguments: object) -> int:
+        if full and len(arguments) == 1:  # inotify_init1
+            raise OSError(24, "Too many open files")
+        return call(function, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(filewatch, "_call", no_room)
+
+    async def test() -> None:
+        nonlocal full
+        watch = FileWatch(path)
+        path.write_text("two")
+        await asyncio.wait_for(watch.changed(), 2)
+        full = False
+        path.write_text("three!")
+        await asyncio.wait_for(watch.changed(), 2)
+        assert watch._fd >= 0
+        assert watch._armed
+        watch.close()
+
+    asyncio.run(test())

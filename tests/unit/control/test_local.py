@@ -258,3 +258,32 @@ def test_with_nobody_to_decide_attach_is_refused_naming_both_keys() -> None:
         task.cancel()
 
     asyncio.run(test())
+
+
+def test_a_defect_with_one_attachment_reaches_the_others(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.host.applied.clear()
+        bench.host.failures["v"] = KeyError("slot")
+        with capture_logs() as logs:
+            await bench.reload("default: {mode: disabled}")
+        assert bench.host.told == ["t"]
+        assert "policy_not_applied" in [entry["event"] for entry in logs]
+        del bench.host.failures["v"]
+        await bench.control.reload()
+        assert bench.host.told == ["t", "v"]
+
+    on_bench(tmp_path / "p.yaml", work, *(replace(view, policy_version="old") for view in (VETH, TAP)))
+
+
+def test_one_whose_detach_failed_follows_the_file_again(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        view = replace(VETH, policy_version="old")
+        bench.host.views.append(view)
+        bench.host.failures["v"] = NotFoundError("it is being detached")
+        await bench.reload("default: {mode: disabled}")
+        assert bench.host.told == []
+        del bench.host.failures["v"]
+        await bench.control.reload()
+        assert bench.host.told == ["v"]
+
+    on_bench(tmp_path / "p.yaml", work)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
+import time
+from collections.abc import Callable
 
 import pytest
 from dnslib import EDNS0, QTYPE, RR, DNSRecord
@@ -13,7 +15,15 @@ from hypothesis import strategies as st
 from tests.unit.dns.world import PUBLIC, PUBLIC6, packed
 
 from netfence.dns.answer import Answer, normal, read_svcb, scan
-from netfence.dns.limits import MAX_CHAIN, MAX_NEGATIVE_S, MAX_RECORDS
+from netfence.dns.limits import (
+    MAX_ADDRESSES,
+    MAX_CHAIN,
+    MAX_NAME_WORK,
+    MAX_NEGATIVE_S,
+    MAX_RECORDS,
+    MAX_SVCB_OCTETS,
+    MAX_TARGETS,
+)
 from netfence.dns.wire import WireError, parse_query
 
 
@@ -237,3 +247,122 @@ def test_scan_agrees_with_dnslib(records: list[tuple[str, int, str]], qtype: str
     assert [ttl for _, ttl in answer.ttls] == [rr.ttl for rr in parsed.rr]
     if expected:
         assert answer.ttl_s == min(rr.ttl for rr in own)
+
+
+# ---------------------------------------------------------------------------- what one answer may cost the event loop
+
+
+def wire(owner: bytes, rtype: int, rdata: bytes) -> bytes:
+    return owner + struct.pack("!HHIH", rtype, 1, 60, len(rdata)) + rdata
+
+
+def pointer(offset: int) -> bytes:
+    return struct.pack("!H", 0xC000 | offset)
+
+
+def respond(records: list[bytes], qtype: int = 1) -> bytes:
+    """Return the response to a.org that holds these records; the first begins at offset 23, `OWNER` is its owner."""
+    head = struct.pack("!HHHHHH", 0x1234, 0x8180, 1, len(records), 0, 0)
+    return head + b"\x01a\x03org\0" + struct.pack("!HH", qtype, 1) + b"".join(records)
+
+
+OWNER = pointer(12)
+TEXT = 35  # offset of the first record's RDATA when `OWNER` owns it
+
+
+def mixed(n: int) -> bytes:
+    """Return an address, public and private by turns."""
+    return bytes([10 if n % 2 else 8, 0, n >> 8, n & 255])
+
+
+def pointer_chain(records: int, hops: int) -> bytes:
+    """Return an answer whose owners are pointers into a chain of pointers, each to another link of it."""
+    links = b"".join(pointer(12 if n == 0 else TEXT + 2 * (n - 1)) for n in range(hops))
+    owners = [pointer(TEXT + 2 * (hops - 1 - n % hops)) for n in range(records - 1)]
+    return respond([wire(OWNER, 16, links), *(wire(owner, 1, mixed(n)) for n, owner in enumerate(owners))])
+
+
+def long_names(records: int, label: bytes) -> bytes:
+    """Return an answer with as many different names of 240 octets, made of this label."""
+    tail = (bytes([len(label)]) + label) * (240 // (len(label) + 1)) + b"\0"
+    owners = [b"\x05%05d" % n + pointer(TEXT) for n in range(records - 1)]
+    return respond([wire(OWNER, 16, tail), *(wire(owner, 1, mixed(n)) for n, owner in enumerate(owners))])
+
+
+def test_a_chain_of_pointers_is_refused() -> None:
+    assert len(scanned(pointer_chain(40, 16)).special) == 19
+    with pytest.raises(WireError, match="pointer"):
+        scanned(pointer_chain(40, 1000))
+
+
+@pytest.mark.parametrize("label", [b"b", b"bcdefgh", b"\xff" * 59], ids=["short", "usual", "escaped"])
+def test_names_have_a_budget(label: bytes) -> None:
+    few = MAX_NAME_WORK // (240 * 9) - 3
+    assert len(scanned(long_names(few, label)).ttls) == few
+    with pytest.raises(WireError, match="names"):
+        scanned(long_names(MAX_NAME_WORK // 240, label))
+
+
+def test_usual_answers_are_far_below_the_budget_of_names() -> None:
+    owners = [b"\x20" + b"%032d" % n + b"\x07service\x09namespace" + OWNER for n in range(MAX_RECORDS)]
+    assert len(scanned(respond([wire(owner, 1, mixed(n)) for n, owner in enumerate(owners)])).ttls) == MAX_RECORDS
+
+
+def test_service_records_are_bounded() -> None:
+    def https(count: int, octets: int) -> bytes:
+        rdata = b"\0\1\0" + struct.pack("!HH", 5, octets - 7) + bytes(octets - 7)
+        return respond([wire(OWNER, 65, rdata)] * count, 65)
+
+    assert len(scanned(https(4, MAX_SVCB_OCTETS // 4), qtype="HTTPS").ttls) == 4
+    for data in (https(5, MAX_SVCB_OCTETS // 4), https(1, MAX_SVCB_OCTETS + 1)):
+        with pytest.raises(WireError, match="service records"):
+            scanned(data, qtype="HTTPS")
+
+
+@pytest.mark.parametrize("first", [8, 10], ids=["public", "special"])
+@pytest.mark.parametrize("asked", ["HTTPS", "A"], ids=["asked-for", "on-the-way"])
+def test_addresses_are_bounded(first: int, asked: str) -> None:
+    def hints(count: int) -> bytes:
+        value = b"".join(bytes([first, 0, n >> 8, n & 255]) for n in range(count))
+        rdata = b"\0\1\0" + struct.pack("!HH", 4, len(value)) + value
+        return respond([wire(OWNER, 65, rdata)], 65 if asked == "HTTPS" else 1)
+
+    scanned(hints(MAX_ADDRESSES), qtype=asked)
+    if asked == "A" and first == 8:
+        return
+    with pytest.raises(WireError, match="too many addresses"):
+        scanned(hints(MAX_ADDRESSES + 1), qtype=asked)
+
+
+def test_targets_of_service_records_are_bounded_and_each_counts_once() -> None:
+    def targets(count: int) -> bytes:
+        return respond([wire(OWNER, 65, b"\0\1\x03%03d\0" % n) for n in range(count)] * 2, 65)
+
+    most = MAX_CHAIN + MAX_TARGETS
+    assert len(scanned(targets(most), qtype="HTTPS").chain) == most
+    with pytest.raises(WireError, match="stand on"):
+        scanned(targets(most + 1), qtype="HTTPS")
+
+
+HOSTILE = {
+    "pointers": pointer_chain(MAX_RECORDS, 63),
+    "short-labels": long_names(MAX_RECORDS, b"b"),
+    "escaped": long_names(MAX_RECORDS, b"\xff" * 59),
+    "addresses": respond([wire(OWNER, 1, mixed(n)) for n in range(MAX_RECORDS)]),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=list(HOSTILE))
+def test_reading_a_hostile_answer_never_takes_5_ms(data: bytes) -> None:
+    assert least_ms(lambda: scanned(data)) < 5
+
+
+def least_ms(work: Callable[[], object]) -> float:
+    """Return the least processor time of a few runs, in ms: what others do on this machine does not count."""
+    took = []
+    for _ in range(5):
+        begin = time.thread_time()
+        with contextlib.suppress(WireError):
+            work()
+        took.append((time.thread_time() - begin) * 1000)
+    return min(took)

@@ -9,14 +9,15 @@ from dnslib import DNSRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.dns import test_answer
-from tests.unit.dns.test_answer import build
+from tests.unit.dns.test_answer import OWNER, build, least_ms, mixed, respond, wire
 from tests.unit.dns.world import PUBLIC, Clock, Decision, FakeGate, addresses, ede, packed, policy, question, rcode, run
 
+from netfence.dns import cut as cut_module
 from netfence.dns import handler as handler_module
 from netfence.dns.answer import Answer
 from netfence.dns.cache import CacheKey, SharedCache
 from netfence.dns.handler import Handler
-from netfence.dns.limits import MAX_HOT_ENTRIES, MAX_REJUDGE
+from netfence.dns.limits import MAX_CUT_RECORDS, MAX_HOT_ENTRIES, MAX_HOT_KEY, MAX_RECORDS, MAX_REJUDGE
 from netfence.dns.settings import DnsSettings
 from netfence.dns.wire import Query
 from netfence.errors import NetfenceError, UnavailableError
@@ -157,6 +158,88 @@ def test_an_answer_after_close_is_dropped() -> None:
         assert (replies, gate.learned) == ([], [])
 
     run(go())
+
+
+def test_a_closed_handler_leaves_nothing_in_the_shared_cache() -> None:
+    async def go() -> None:
+        gate, upstreams = FakeGate(policy(allow=["a.org"])), Upstreams()
+        subject = handler(gate, upstreams)
+        taken(subject, question("a.org"))
+        await subject.close()
+        upstreams.asked[0][1](scanned(ANSWER))
+        assert len(subject._cache) == 0  # nobody would free it
+
+    run(go())
+
+
+def private(records: int) -> bytes:
+    """Return an answer half of whose addresses have to be cut."""
+    return respond([wire(OWNER, 1, mixed(n)) for n in range(records)])
+
+
+def test_an_answer_too_large_for_the_client_is_not_even_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_module, "cut", None)
+    gate = FakeGate(policy(allow=["a.org"]))
+    subject = handler(gate, Upstreams(private(90)))
+    (reply,) = taken(subject, question("a.org", edns=1232))
+    assert (DNSRecord.parse(reply).header.tc, DNSRecord.parse(reply).rr, gate.learned) == (1, [], [])
+
+
+def test_a_large_answer_that_needs_cutting_is_servfail_and_one_that_does_not_passes() -> None:
+    gate = FakeGate(policy(allow=["a.org"]))
+    subject = handler(gate, Upstreams(private(MAX_CUT_RECORDS + 1)))
+    (reply,) = taken(subject, question("a.org", edns=1232), tcp=True)
+    assert (rcode(DNSRecord.parse(reply)), gate.learned) == ("SERVFAIL", [])
+    gate.policy = policy(allow=["a.org"], cidrs=["10.0.0.0/8"])
+    (reply,) = taken(subject, question("a.org", edns=1232), tcp=True)
+    assert len(DNSRecord.parse(reply).rr) == MAX_CUT_RECORDS + 1
+
+
+def test_a_cached_answer_is_cut_once_for_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bytes] = []
+    really = cut_module.cut
+
+    def counting(query: Query, answer: Answer, stay: frozenset[bytes]) -> Answer:
+        calls.append(query.question)
+        return really(query, answer, stay)
+
+    monkeypatch.setattr(cut_module, "cut", counting)
+    gate = FakeGate(policy(allow=["a.org"]))
+    subject = handler(gate, Upstreams(private(40)))
+    for name in ("a.org", "A.org", "a.ORG"):
+        (reply,) = taken(subject, question(name, edns=1232), tcp=True)
+        assert len(addresses(DNSRecord.parse(reply))) == 20
+        assert str(DNSRecord.parse(reply).q.qname) == name + "."
+    assert len(calls) == 1
+    gate.policy = policy(allow=["a.org"], cidrs=["10.0.0.1"])  # what may stay is asked of the policy of this moment
+    (reply,) = taken(subject, question("a.org", edns=1232), tcp=True)
+    assert "10.0.0.1" in addresses(DNSRecord.parse(reply))
+    gate.policy = policy(allow=["a.org"])
+    (reply,) = taken(subject, question("a.org", edns=1232), tcp=True)
+    assert "10.0.0.1" not in addresses(DNSRecord.parse(reply))
+
+
+@pytest.mark.parametrize("records", [MAX_CUT_RECORDS, MAX_RECORDS])
+def test_a_hostile_answer_never_takes_5_ms(records: int) -> None:
+    data = private(records)
+
+    def arrives() -> None:
+        subject = handler(FakeGate(policy(allow=["a.org"])), Upstreams(data))
+        assert len(taken(subject, question("a.org", edns=1232), tcp=True)) == 1
+
+    assert least_ms(arrives) < 5
+
+
+def test_a_query_of_unusual_size_gets_no_ready_reply() -> None:
+    subject = handler(FakeGate(policy(allow=["b.org"])), Upstreams())
+    plain = question("a.org")
+    for size, ready in ((MAX_HOT_KEY, True), (MAX_HOT_KEY + 1, False)):
+        padding = size + 2 - len(plain) - 11 - 4  # OPT has 11 octets, an option's head 4
+        opt = b"\0\0\x29\x04\xd0\0\0\0\0" + (padding + 4).to_bytes(2, "big")
+        query = plain[:11] + b"\x01" + plain[12:] + opt + b"\0\x0c" + padding.to_bytes(2, "big") + bytes(padding)
+        assert len(query[2:]) == size
+        assert rcode(DNSRecord.parse(taken(subject, query)[0])) == "REFUSED"
+        assert (subject.ready(query) is not None) is ready
 
 
 def test_a_bug_of_ours_is_silence_or_servfail_and_one_log_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from tests.unit.dns.test_answer import build, scanned
 from tests.unit.dns.world import PUBLIC, question
 
 from netfence.dns.hot import HotReplies, HotReply
-from netfence.dns.limits import MAX_HOT_ENTRIES
+from netfence.dns.limits import MAX_HOT_ANSWER, MAX_HOT_ENTRIES, MAX_HOT_KEY
 from netfence.dns.message import relay
 from netfence.dns.wire import parse_query
 
@@ -60,3 +60,16 @@ def test_the_oldest_goes_first_and_a_new_one_is_young() -> None:
     assert len(hot) == MAX_HOT_ENTRIES
     assert b"0" in hot
     assert b"1" not in hot
+
+
+def test_large_keys_and_answers_are_not_kept() -> None:
+    hot = HotReplies()
+    hot.store(b"k" * MAX_HOT_KEY, entry(65.0))
+    hot.store(b"k" * (MAX_HOT_KEY + 1), entry(65.0))
+    assert list(map(len, hot)) == [MAX_HOT_KEY]
+    query, answer = parse_query(question("a.org")), scanned(build(f"a.org. 60 IN A {PUBLIC}"))
+    for size, kept in ((MAX_HOT_ANSWER, True), (MAX_HOT_ANSWER + 1, False)):
+        made = HotReply(b"body", 1, 65.0, allowed=True)
+        made.counting(query, answer._replace(raw=bytes(size)), 1000, None, 5.0)
+        hot.store(b"key", made)  # in the place of the one before, which is over
+        assert (b"key" in hot) is kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.dns.world import policy
 
-from netfence.dns.judge import chain_denial, judge, strip
+from netfence.dns.judge import chain_denial, judge
 from netfence.policy.modes import DnsMode, Mode
 
 
@@ -29,21 +29,6 @@ def test_modes(mode: Mode, dns: DnsMode, audit: bool, denied: bool, learn: bool,
 
 def test_proxy_leaves_it_to_the_control_plane() -> None:
     assert judge(policy(DnsMode.PROXY, allow=["a.org"]), "a.org", ()) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "stripped"),
-    [
-        ("a.org.x.lan", "a.org"),
-        ("a.org.lan", "a.org"),
-        ("x.lan", "x"),
-        ("lan", "lan"),
-        ("a.orglan", "a.orglan"),
-        ("", ""),
-    ],
-)
-def test_strip_takes_the_longest_search_domain(name: str, stripped: str) -> None:
-    assert strip(name, (".x.lan", ".lan")) == stripped
 
 
 @pytest.mark.parametrize(

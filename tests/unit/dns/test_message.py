@@ -1,17 +1,14 @@
-"""Building replies: octets against dnslib, changed answers, EDE."""
+"""Building replies: octets against dnslib, made answers, EDE."""
 
 from __future__ import annotations
 
-import pytest
-from dnslib import QTYPE, RR, DNSRecord
+from dnslib import DNSRecord
 from tests.unit.dns.test_answer import build, scanned
 from tests.unit.dns.world import PUBLIC, PUBLIC6, addresses, ede, packed, question
 
-from netfence.dns import message
-from netfence.dns.answer import Answer, scan
 from netfence.dns.limits import MAX_EDE_TEXT
-from netfence.dns.message import Ede, cut, cut_hints, from_addresses, relay, reply, truncated, upstream_query
-from netfence.dns.wire import WireError, parse_query
+from netfence.dns.message import Ede, from_addresses, relay, reply, truncated, upstream_query
+from netfence.dns.wire import parse_query
 
 
 def test_reply_without_records_is_what_dnslib_reads() -> None:
@@ -76,74 +73,3 @@ def test_made_answers_keep_names_that_dnslib_refuses() -> None:
     assert data[12 : 12 + len(query.question)] == query.question
     plain = data[:12] + b"\x03a.b\x02xx\x03oRg\x00" + data[12 + len(name) :]
     assert addresses(DNSRecord.parse(plain)) == [PUBLIC]
-
-
-SIGNED = f"""
-a.org. 60 IN A 10.0.0.1
-a.org. 60 IN A {PUBLIC}
-a.org. 60 IN RRSIG A 13 2 300 20220919092245 20220917072245 34505 a.org. AAAA
-a.org. 60 IN RRSIG TXT 13 2 300 20220919092245 20220917072245 34505 a.org. AAAA
-"""
-
-
-def test_cut_takes_the_signature_of_what_it_changed() -> None:
-    data = bytearray(build(SIGNED))
-    data[3] |= 0x20
-    answer = scanned(bytes(data))
-    query = parse_query(question("a.org", do=True, edns=1232))
-    changed = cut(query, answer, frozenset())
-    record = DNSRecord.parse(relay(query, changed, 0, 1000))
-    assert addresses(record) == [PUBLIC]
-    assert [rr.rdata.covered for rr in record.rr if rr.rtype == QTYPE.RRSIG] == [QTYPE.TXT]
-    assert not changed.authentic
-    assert changed.special == frozenset()
-    same = cut(query, answer, answer.special)
-    assert same.authentic
-    assert same.addresses == answer.addresses
-
-
-def test_cut_refuses_what_dnslib_cannot_read() -> None:
-    # An MX whose name runs past its RDATA: we do not look into MX, dnslib does.
-    data = build("a.org. 60 IN A 10.0.0.1\na.org. 60 IN MX 10 mx.\n", opt=False)
-    broken = data.replace(b"\0\x0a\x02mx\0", b"\0\x0a\x3fmx\0")
-    with pytest.raises(WireError, match="dnslib"):
-        cut(parse_query(question("a.org")), scanned(broken), frozenset())
-
-
-def hints(rr: str) -> bytes:
-    return bytes(message._rdata(RR.fromZone(f"a.org. 60 IN HTTPS {rr}")[0]))
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (f"1 . ipv4hint={PUBLIC}", f"1 . ipv4hint={PUBLIC}"),
-        (f"1 x.org. alpn=h2 ipv4hint=10.0.0.1,{PUBLIC} port=8443", f"1 x.org. alpn=h2 ipv4hint={PUBLIC} port=8443"),
-        ("1 . alpn=h2 ipv4hint=10.0.0.1 ipv6hint=fd00::1", "1 . alpn=h2"),
-        ("1 . mandatory=alpn alpn=h2 ipv4hint=10.0.0.1", "1 . mandatory=alpn alpn=h2"),
-        ("1 . mandatory=ipv4hint ipv4hint=10.0.0.1", None),
-        ("0 x.org.", "0 x.org."),
-    ],
-)
-def test_hints_are_cut(before: str, after: str | None) -> None:
-    gone = set(packed("10.0.0.1", "fd00::1"))
-    assert cut_hints(hints(before), gone.__contains__) == (None if after is None else hints(after))
-
-
-def test_svcb_records_are_cut_like_https() -> None:
-    raw = hints("1 . ipv4hint=10.0.0.1").hex().upper()
-    data = _svcb(raw)
-    query = parse_query(question("a.org")[:-4] + b"\0\x40\0\1")
-    answer = scanned_as(data, 64)
-    assert answer.addresses == packed("10.0.0.1")
-    assert cut(query, answer, frozenset()).addresses == ()
-
-
-def _svcb(raw: str) -> bytes:
-    data = build("a.org. 60 IN HTTPS 1 . ipv4hint=10.0.0.1", qtype="HTTPS")
-    assert bytes.fromhex(raw) in data
-    return data.replace(b"\0\x41\0\1", b"\0\x40\0\1")
-
-
-def scanned_as(data: bytes, qtype: int) -> Answer:
-    return scan(data, 11, "a.org", qtype, 0.0)

@@ -152,8 +152,8 @@ def test_search_domains_are_stripped_before_matching(name: str, allowed: bool) -
         zone = ZONE + f"a.org.corp.example. 60 IN A {PUBLIC}\n"
         async with world(policy(allow=["a.org"]), zone, search_domains=("corp.example",)) as w:
             assert (rcode(await w.ask(name)) == "NOERROR") is allowed
-            # The lease is held by the name that the policy knows: a later command judges that one.
-            assert [learned for learned, _, _ in w.gate.learned] == (["a.org"] if allowed else [])
+            # The lease is held by the name as asked for: a later rule may deny that one and not the stripped one.
+            assert [learned for learned, _, _ in w.gate.learned] == ([name] if allowed else [])
 
     run(go())
 
@@ -529,6 +529,23 @@ def test_proxy_answers_with_the_given_addresses_of_the_query_s_family(qtype: str
             assert all(rr.ttl == 300 for rr in record.rr)
             assert w.upstream.seen == []
             assert w.gate.learned == ([("x.a.org", packed(*expected), 300.0)] if expected else [])
+
+    run(go())
+
+
+@pytest.mark.parametrize("ttl_s", [0.0, 600.0], ids=["no-ttl", "ttl"])
+def test_proxy_answers_never_outlive_their_lease(ttl_s: float) -> None:
+    async def go() -> None:
+        async with world(policy(DnsMode.PROXY), max_lease_s=60.0, min_lease_s=10.0) as w:
+            w.gate.decide = deciding(Decision(ips=packed(PUBLIC), ttl_s=ttl_s))
+            assert (await w.ask("a.org")).rr[0].ttl == 60
+            w.clock.now += 50
+            if ttl_s:  # else it was not remembered
+                assert (await w.ask("a.org")).rr[0].ttl == 10
+            w.clock.now += 520
+            assert (await w.ask("a.org")).rr[0].ttl == (30 if ttl_s else 60)
+            assert len(w.gate.asked) == (1 if ttl_s else 2)
+            assert max(lease for _, _, lease in w.gate.learned) == 60.0
 
     run(go())
 

@@ -207,6 +207,19 @@ def test_somebody_guessing_sends_us_to_tcp() -> None:
     run(go())
 
 
+def test_guessing_fills_no_log(capsys: pytest.CaptureFixture[str]) -> None:
+    async def go() -> None:
+        upstream = FakeUpstream(ZONE)
+        upstream.udp = lambda query: [bytes([query[0] ^ 1]) + upstream.answer(query)[1:]] * MAX_BAD_DATAGRAMS
+        async with upstream.serving(), resolving(timeout_s=1.0) as resolver:
+            for _ in range(3):
+                assert (await resolve(resolver, upstream.text)).addresses == packed(PUBLIC)
+            assert len(upstream.seen_tcp) == 3
+
+    run(go())
+    assert capsys.readouterr().out.count("dns_answers_do_not_match") == 1
+
+
 def cut(upstream: FakeUpstream) -> None:
     """Make an upstream cut its UDP answers."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
 import pytest
 from dnslib import EDNS0, DNSHeader, DNSLabel, DNSQuestion, DNSRecord
@@ -10,7 +11,7 @@ from dnslib.buffer import Buffer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from netfence.dns.limits import MAX_UDP_REPLY
+from netfence.dns.limits import MAX_POINTERS, MAX_UDP_REPLY
 from netfence.dns.wire import (
     BADVERS,
     FORMERR,
@@ -83,13 +84,34 @@ def test_the_longest_name_is_255_octets() -> None:
 
 
 def test_pointers_follow_one_another_only_backwards() -> None:
-    data = b"\x01a\x00" + b"\x01b\xc0\x00" + b"\x01c\xc0\x03"
-    assert read_name(data, 7) == ("c.b.a", 11)
-    loop = b"\x01a\xc0\x04" + b"\x01b\xc0\x00"
+    data = HEAD + b"\x01a\x00" + b"\x01b\xc0\x0c" + b"\x01c\xc0\x0f"
+    assert read_name(data, 19) == ("c.b.a", 23)
+    loop = HEAD + b"\x01a\xc0\x10" + b"\x01b\xc0\x0c"
     with pytest.raises(WireError, match="backwards"):
-        read_name(loop, 4)
+        read_name(loop, 16)
     with pytest.raises(WireError, match="backwards"):
-        read_name(b"\xc0\x02\xc0\x00\xc0\x02", 4)  # the loop lies wholly before
+        read_name(HEAD + b"\xc0\x0e\xc0\x0c\xc0\x0e", 16)  # the loop lies wholly before
+
+
+@pytest.mark.parametrize("target", range(12))
+def test_pointers_never_lead_into_the_header(target: int) -> None:
+    # The reply has another id, other flags and counts: the client would read another name.
+    head = b"\x01a\0\0\0\x01\0\0\0\0\0\0"
+    with pytest.raises(WireError, match="header"):
+        read_name(head + b"\x01b" + bytes([0xC0, target]), 12)
+    assert read_name(head + b"\x01a\0\x01b\xc0\x0c", 15) == ("b.a", 19)
+
+
+def test_pointers_of_one_name_are_bounded() -> None:
+    # Each pointer leads to the one before it; the first to a name.
+    data = (
+        HEAD
+        + b"\x01a\0"
+        + b"".join(struct.pack("!H", 0xC000 | (12 if n == 0 else 13 + 2 * n)) for n in range(MAX_POINTERS + 1))
+    )
+    assert read_name(data, 13 + 2 * MAX_POINTERS) == ("a", 15 + 2 * MAX_POINTERS)
+    with pytest.raises(WireError, match="too many"):
+        read_name(data, 15 + 2 * MAX_POINTERS)
 
 
 @given(st.binary(max_size=80), st.integers(0, 90))

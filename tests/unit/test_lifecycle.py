@@ -1,0 +1,362 @@
+"""Attach and detach over a data plane that is a record: whoever comes in between, everything ends exactly once.
+
+`Bench` is also what `test_restore` and `test_targets` stand on: the real life cycle, store and DNS servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from netfence import lifecycle as module
+from netfence.api.views import AttachSpec
+from netfence.config import Config
+from netfence.control.local import NoControl
+from netfence.control.port import AttachmentView, FirstPolicy, UnsubscribeReason
+from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer
+from netfence.dns.cache import SharedCache
+from netfence.dns.settings import DnsSettings
+from netfence.dns.upstream import Resolver
+from netfence.endpoints import PortEndpoints
+from netfence.errors import NetfenceError, NotFoundError
+from netfence.lifecycle import Lifecycle, Live, Parts, Target, key_of
+from netfence.policy.commands import BulkUpdate, SetMode
+from netfence.policy.modes import Mode
+from netfence.policy.policy import Policy
+from netfence.store import Store
+from netfence.targets import TargetKeeper, Watchers
+
+PORTS = (42100, 42103)
+ADDRESS = bytes((192, 0, 2, 1))
+
+
+def interface(name: str, ifindex: int) -> InterfaceTarget:
+    return InterfaceTarget(name, ifindex, "veth", 1, LinkLayer.L2, 0, 0, False, False, ())  # noqa: FBT003 - a record
+
+
+class FakePlane:
+    """Slots, hooks and policies as sets and dictionaries; `fail` makes every call of that name raise."""
+
+    def __init__(self) -> None:
+        self.free = set(range(1, 10))
+        self.freed: list[int] = []
+        self.hooked: dict[str, int] = {}  # attachment → ifindex
+        self.policies: dict[int, Policy] = {}
+        self.calls: list[str] = []
+        self.fail: dict[str, Exception] = {}
+        self.forgotten: list[tuple[int, int]] = []
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.fail:
+            raise self.fail[name]
+
+    def allocate_slot(self) -> int:
+        slot = min(self.free)
+        self.free.discard(slot)
+        return slot
+
+    def claim_slot(self, slot: int) -> None:
+        self.free.discard(slot)
+
+    def free_slot(self, slot: int) -> None:
+        self.freed.append(slot)
+        self.free.add(slot)
+
+    async def attach(self, slot: int, target: Target, static: object, direction: Direction | None, name: str) -> str:
+        del slot, static, direction
+        await asyncio.sleep(0)
+        self._called("attach")
+        self.hooked[name] = key_of(target)[1]
+        return "tcx"
+
+    async def restore(self, slot: int, target: Target, static: object, direction: Direction | None, name: str) -> bool:
+        del slot, static, direction
+        await asyncio.sleep(0)
+        self._called("restore")
+        whole = name in self.hooked
+        self.hooked[name] = key_of(target)[1]
+        return whole
+
+    async def put_back(self, slot: int, target: Target, direction: Direction | None, name: str) -> bool:
+        del slot, direction, name
+        await asyncio.sleep(0)
+        self._called(f"put_back {key_of(target)[1]}")
+        return True
+
+    async def detach(self, slot: int, target: Target, name: str) -> None:
+        await asyncio.sleep(0)
+        self._called(f"detach {key_of(target)[1]}")
+        self._called("detach")
+        self.hooked.pop(name, None)
+        self.policies.pop(slot, None)
+
+    def forget_interface(self, slot: int, ifindex: int) -> None:
+        self.forgotten.append((slot, ifindex))
+
+    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
+        assert old is None or old == self.policies[slot]
+        await asyncio.sleep(0)
+        self._called("apply")
+        self.policies[slot] = policy
+
+    def pinned(self) -> set[str]:
+        return set(self.hooked)
+
+    async def leases(self) -> dict[int, dict[bytes, float]]:
+        return {slot: {ADDRESS: 1e12} for slot in range(1, 10)}
+
+    def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
+        """Open."""
+
+    def close_leases(self, slot: int, addresses: Iterable[bytes]) -> None:
+        if list(addresses):
+            self.calls.append(f"close {slot}")
+
+    def set_own_addresses(self, slot: int, addresses: Sequence[bytes]) -> None:
+        self._called(f"own {slot}")
+
+    def set_host_addresses(self, addresses: Iterable[bytes]) -> None:
+        self._called("host")
+
+
+class Control(NoControl):
+    """Gives everybody the same first policy."""
+
+    def __init__(self) -> None:
+        self.unsubscribed: list[UnsubscribeReason] = []
+        self.unsubscribing: Callable[[], Awaitable[None]] | None = None
+
+    def check(self, target: str) -> None:
+        """Accept."""
+
+    async def subscribe(self, view: AttachmentView) -> FirstPolicy:
+        del view
+        return FirstPolicy(BulkUpdate(mode=Mode.BLOCK_ALL), "v1")
+
+    async def unsubscribe(self, attachment_id: str, reason: UnsubscribeReason, error: str = "") -> None:
+        del attachment_id, error
+        if self.unsubscribing is not None:
+            await self.unsubscribing()
+        self.unsubscribed.append(reason)
+
+
+class Watch:
+    """Remembers what is watched."""
+
+    def __init__(self) -> None:
+        self.targets: set[tuple[str, int]] = set()
+
+    def watch(self, target: Target) -> None:
+        self.targets.add(key_of(target))
+
+    def unwatch(self, target: Target) -> None:
+        self.targets.discard(key_of(target))
+
+
+class Bench:
+    """A daemon's life cycle without a kernel."""
+
+    def __init__(self, directory: Path, plane: FakePlane | None = None) -> None:
+        self.plane = plane or FakePlane()
+        self.control, self.watch = Control(), Watch()
+        self.store = Store.open(directory)
+        self.endpoints = PortEndpoints("127.0.0.1", *PORTS)
+        dns = DnsSettings(upstreams=())
+        parts: dict[str, Any] = {"plane": self.plane, "control": self.control, "watch": self.watch}
+        self.lifecycle = Lifecycle(
+            Parts(
+                config=Config(),
+                store=self.store,
+                endpoints=self.endpoints,
+                dns=dns,
+                cache=SharedCache(3600),
+                resolver=Resolver(dns),
+                boot_id="boot",
+                **parts,
+            )
+        )
+        self.keeper = TargetKeeper(self.lifecycle, Watchers())
+        self.background: list[asyncio.Task[None]] = []
+
+    def start(self, work: Any, name: str) -> None:
+        self.background.append(asyncio.get_running_loop().create_task(work, name=name))
+
+    async def attach(self, name: str = "veth7") -> Live:
+        return await self.lifecycle.attach(AttachSpec(name, None, {}, "auto", "auto"))
+
+    def only(self) -> Live:
+        (live,) = self.lifecycle.every()
+        return live
+
+    async def nothing_is_left(self) -> None:
+        assert self.lifecycle.every() == []
+        assert self.plane.hooked == {}
+        assert len(self.plane.freed) == len(set(self.plane.freed)) == 1
+        assert self.watch.targets == set()
+        assert await self.store.load() == []
+        assert self.endpoints._taken == set()
+        assert self.lifecycle._targets == {}
+
+    async def close(self) -> None:
+        for task in self.background:
+            task.cancel()
+        await asyncio.gather(*self.background, return_exceptions=True)
+        for live in self.lifecycle.every():
+            await live.server.close()
+        await self.store.close()
+
+
+def on_bench(directory: Path, work: Callable[[Bench], Awaitable[None]], plane: FakePlane | None = None) -> None:
+    async def test() -> None:
+        bench = Bench(directory, plane)
+        try:
+            await work(bench)
+        finally:
+            await bench.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition, at most two seconds."""
+    async with asyncio.timeout(2):
+        while not condition():  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make vethN the interface with index N."""
+    monkeypatch.setattr(module, "resolve_interface", lambda name: interface(name, int(name.removeprefix("veth"))))
+
+
+def test_attach_and_detach(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        assert [one.row.id for one in bench.lifecycle.all()] == [live.row.id]
+        await bench.lifecycle.detach(live.row.id)
+        await bench.nothing_is_left()
+        assert bench.control.unsubscribed == [UnsubscribeReason.DETACHED]
+
+    on_bench(tmp_path, work)
+
+
+@pytest.mark.parametrize("how", ["hung-up", "gone", "command-failed"])
+def test_an_attach_that_rolls_back_is_ended_by_nobody_else(tmp_path: Path, how: str) -> None:
+    """Its first policy is in force already; the end of the same target comes while it is being rolled back."""
+
+    async def work(bench: Bench) -> None:
+        said = asyncio.Event()
+        rolling_back = asyncio.Event()
+
+        async def unsubscribing() -> None:
+            rolling_back.set()
+            await said.wait()
+
+        bench.control.unsubscribing = unsubscribing
+        save = bench.store.save
+
+        async def slow_save(*arguments: Any) -> None:
+            await save(*arguments)
+            if how == "gone":
+                await bench.keeper._gone(key_of(bench.only().target))
+            elif how == "command-failed":
+                raise NetfenceError("disk full")
+            else:
+                task.cancel()
+
+        bench.store.save = slow_save  # type: ignore[method-assign]
+        task = asyncio.ensure_future(bench.attach())
+        await rolling_back.wait()
+        live = bench.only()
+        with pytest.raises(NotFoundError):
+            await bench.lifecycle.detach(live.row.id)
+        await bench.keeper._gone(key_of(live.target))
+        await bench.lifecycle.end(live, UnsubscribeReason.REMOVED)
+        with pytest.raises(NotFoundError) if how != "gone" else contextlib.nullcontext():
+            await bench.lifecycle.apply(live.row.id, SetMode(Mode.DISABLED))
+        assert bench.lifecycle.all() == []
+        said.set()
+        with pytest.raises((NetfenceError, asyncio.CancelledError)):
+            await task
+        await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)
+
+
+def test_a_caller_that_hangs_up_while_the_port_is_bound_costs_no_port(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        reserve = bench.endpoints.reserve
+
+        async def slow_reserve(bind: Any) -> Any:
+            task.cancel()
+            await asyncio.sleep(0.01)
+            return await reserve(bind)
+
+        bench.endpoints.reserve = slow_reserve  # type: ignore[method-assign]
+        task = asyncio.ensure_future(bench.attach())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)
+
+
+def test_hooks_that_cannot_be_taken_off_in_a_roll_back_keep_their_row(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.plane.fail = {"apply": NetfenceError("no"), "detach": NetfenceError("device busy")}
+        with capture_logs() as logs, pytest.raises(NetfenceError, match="no"):
+            await bench.attach()
+        (row,) = await bench.store.load()
+        assert row.policy is None  # so the next start takes it off
+        assert "row_kept" in [entry["event"] for entry in logs]
+        assert set(bench.plane.hooked) == {row.id}  # pins that the store does not know would keep us from starting
+
+    on_bench(tmp_path, work)
+
+
+def test_a_hook_lost_while_attaching_is_put_back_before_it_is_attached(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        save = bench.store.save
+
+        async def save_and_lose(*arguments: Any) -> None:
+            await save(*arguments)
+            await bench.keeper._put_back(bench.only())
+
+        bench.store.save = save_and_lose  # type: ignore[method-assign]
+        await bench.attach()
+        assert bench.plane.calls[-1] == "put_back 7"
+
+    on_bench(tmp_path, work)
+
+
+def test_a_detach_that_fails_half_way_puts_hooks_and_policy_back(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        policy = live.attachment.policy
+        detach = bench.plane.detach
+
+        async def half(*arguments: Any) -> None:
+            await detach(*arguments)
+            raise NetfenceError("device busy")
+
+        bench.plane.detach = half  # type: ignore[method-assign]
+        with pytest.raises(NetfenceError, match="device busy"):
+            await bench.lifecycle.detach(live.row.id)
+        assert set(bench.plane.hooked) == {live.row.id}
+        assert bench.plane.policies == {live.row.slot: policy}
+        assert bench.watch.targets == {key_of(live.target)}
+        assert bench.lifecycle.all() == [live]
+        assert bench.plane.freed == []
+        bench.plane.detach = detach  # type: ignore[method-assign]
+        await bench.lifecycle.detach(live.row.id)
+        await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)

@@ -1,0 +1,212 @@
+"""Taking over what a store tells of, over a data plane that is a record: what fails is told truly and tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from tests.unit.test_lifecycle import ADDRESS, PORTS, Bench, FakePlane, _targets, interface, until
+
+from netfence import restore as module
+from netfence.errors import NetfenceError, PreconditionError
+from netfence.lifecycle import key_of
+from netfence.policy.commands import DenyDomain, SetMode
+from netfence.policy.modes import Mode
+from netfence.restore import Outcome, restore
+from netfence.store import Row
+
+__all__ = ["_targets"]
+
+GONE = 99  # an index that is no interface (any more)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.01)
+
+    def find(row: Row, _rebooted: bool) -> Any:  # noqa: FBT001 - as the real one
+        return None if row.identity == str(GONE) else interface(row.name, int(row.name.removeprefix("veth")))
+
+    monkeypatch.setattr(module, "_find", find)
+
+
+def after_restart(
+    directory: Path,
+    work: Callable[[Bench], Awaitable[None]],
+    *,
+    rows: tuple[str, ...] = ("veth7",),
+    **changes: object,
+) -> None:
+    """Attach `rows`, end that daemon, change what it stored, and do `work` in the next one."""
+
+    async def test() -> None:
+        before = Bench(directory)
+        for name in rows:
+            await before.attach(name)
+        stored = await before.store.load()
+        await before.close()
+        plane = FakePlane()
+        plane.hooked, plane.policies = before.plane.hooked, before.plane.policies
+        bench = Bench(directory, plane)
+        last = replace(stored[-1], **changes)  # type: ignore[arg-type]
+        await bench.store.remove(last.id)
+        await bench.store.reserve(last)
+        try:
+            await work(bench)
+        finally:
+            await bench.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+async def restored(bench: Bench) -> Counter[Outcome]:
+    return await restore(bench.lifecycle, bench.start)
+
+
+def test_what_was_attached_is_taken_over_with_its_leases(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 1})
+        live = bench.only()
+        assert (live.attached, live.hooked) == (True, True)
+        assert bench.watch.targets == {key_of(live.target)}
+        await bench.lifecycle.apply(live.row.id, DenyDomain("x.test"))
+        assert f"close {live.row.slot}" in bench.plane.calls
+
+    after_restart(tmp_path, work)
+
+
+def test_a_target_that_is_gone_is_not_looked_for_by_its_old_index(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        claimed: list[str] = []
+        claim, release = bench.endpoints.claim, bench.endpoints.release
+
+        async def note_claim(endpoint: Any) -> None:
+            claimed.append(f"claim {endpoint.port}")
+            await claim(endpoint)
+
+        async def note_release(endpoint: Any) -> None:
+            claimed.append(f"release {endpoint.port}")
+            await release(endpoint)
+
+        bench.endpoints.claim, bench.endpoints.release = note_claim, note_release  # type: ignore[method-assign]
+        assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 1, Outcome.DROPPED: 1})
+        assert "detach 0" in bench.plane.calls
+        assert f"detach {GONE}" not in bench.plane.calls
+        assert bench.plane.forgotten == [(2, GONE)]  # which looks whose it is
+        gone = [each for each in claimed if each.endswith(str(PORTS[0] + 1))]
+        assert gone == [f"claim {PORTS[0] + 1}", f"release {PORTS[0] + 1}"]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), identity=str(GONE))
+
+
+def test_after_a_reboot_an_attach_that_never_ended_touches_no_interface(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        assert await restored(bench) == Counter({Outcome.DROPPED: 1})
+        assert [call for call in bench.plane.calls if call.startswith("detach ")] == ["detach 0"]
+
+    after_restart(tmp_path, work, boot_id="the boot before", policy=None)
+
+
+@pytest.mark.parametrize("what", ["static", "restore", "apply", "defect", "watch"])
+def test_what_cannot_be_taken_over_takes_commands_and_is_tried_again(tmp_path: Path, what: str) -> None:
+    async def work(bench: Bench) -> None:
+        static, watch = bench.lifecycle.static, bench.watch.watch
+
+        def refuse(_: object) -> Any:
+            raise PreconditionError("no")
+
+        if what == "static":
+            bench.lifecycle.static = refuse  # type: ignore[method-assign]
+        elif what == "watch":
+            bench.watch.watch = refuse  # type: ignore[method-assign]
+        else:
+            bench.plane.fail = {what.replace("defect", "restore"): KeyError("slot") if what == "defect" else OSError(5)}
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.LEFT_ALONE: 1})
+        (told,) = [entry for entry in logs if entry["event"] == "not_taken_over"]
+        assert told["effect"].startswith("the kernel goes on enforcing what it has")
+        live = bench.only()
+        bench.plane.fail = {}
+        await bench.lifecycle.apply(live.row.id, DenyDomain("x.test"))
+        assert f"close {live.row.slot}" in bench.plane.calls  # its leases are known, so they are revoked
+        bench.lifecycle.static, bench.watch.watch = static, watch  # type: ignore[method-assign]
+        await until(lambda: live.hooked and not any(task for task in bench.background if not task.done()))
+        assert bench.plane.policies[live.row.slot] is live.attachment.policy
+
+    after_restart(tmp_path, work)
+
+
+def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.plane.hooked.clear()
+        bench.plane.policies.clear()
+        bench.plane.fail = {"attach": NetfenceError("no memory")}
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.LEFT_ALONE: 1})
+        (told,) = [entry for entry in logs if entry["event"] == "not_taken_over"]
+        assert told["effect"].startswith("it is NOT fenced")
+        live = bench.only()
+        await bench.lifecycle.apply(live.row.id, SetMode(Mode.DENYLIST))
+        bench.plane.fail = {}
+        await until(lambda: live.hooked)
+        await until(lambda: bench.plane.policies[live.row.slot].mode is Mode.DENYLIST)
+        await until(lambda: live.row.boot_id == "boot")
+        await until(lambda: bench.background[0].done())
+        (row,) = await bench.store.load()
+        assert row.boot_id == "boot"
+
+    after_restart(tmp_path, work, boot_id="the boot before")
+
+
+def test_trying_again_ends_with_the_attachment(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.plane.fail = {"restore": NetfenceError("no")}
+        await restored(bench)
+        await bench.lifecycle.detach(bench.only().row.id)
+        await until(lambda: bench.background[0].done())
+        assert bench.plane.hooked == {}
+
+    after_restart(tmp_path, work)
+
+
+def test_the_port_of_what_cannot_be_read_is_not_given_away(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        assert await restored(bench) == Counter({Outcome.LEFT_ALONE: 1})
+        live = await bench.attach("veth8")
+        assert (live.row.slot, live.row.dns_port) == (2, PORTS[0] + 1)
+
+    after_restart(tmp_path, work, policy="{damaged")
+
+
+def test_a_lost_port_is_bound_again_but_not_for_what_was_detached(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as thief:
+            thief.bind(("127.0.0.1", PORTS[0]))
+            await restored(bench)
+            assert {task.get_name()[:6] for task in bench.background} == {"rebind"}
+            live = bench.only()
+            started = asyncio.Event()
+            start = live.server.start
+
+            async def slow_start(host: str, port: int) -> None:
+                started.set()
+                await asyncio.sleep(0.05)  # the detach comes while it binds
+                await start(host, port)
+
+            live.server.start = slow_start  # type: ignore[method-assign]
+        await started.wait()
+        await bench.lifecycle.detach(live.row.id)
+        await until(lambda: bench.background[0].done())
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as free:
+            free.bind(("127.0.0.1", PORTS[0]))
+        await bench.nothing_is_left()
+
+    after_restart(tmp_path, work)
