@@ -3,8 +3,8 @@
 For each stored attachment one of four things happens: taken over (hooks in place or put back, same id, slot, DNS port
 and policy); hooked anew with its last policy (an interface of the same name and kind, after a reboot); dropped because
 its target is gone or its attach never succeeded; or left alone, loudly, because something of it cannot be read or done.
-Left alone means that the kernel goes on enforcing what it has: a failure here never opens a fence. After a reboot it has
-nothing, and we say so. Whatever can be tried again is, in the background: hooks, DNS ports and addresses.
+Left alone means that the kernel goes on enforcing what it has: a failure here never opens a fence. After a reboot it
+has nothing, and we say so. Whatever can be tried again is, in the background: hooks, DNS ports and addresses.
 """
 
 from __future__ import annotations

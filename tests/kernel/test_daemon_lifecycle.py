@@ -388,7 +388,9 @@ def has_dummy(topology: Topology) -> bool:
 
 
 @pytest.mark.parametrize("network", ["127.53.0.0/24", "169.254.100.0/24", "fd00:53::/64"])
-def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, start: Start, network: str) -> None:
+def test_each_attachment_can_have_an_address_of_its_own(
+    fresh: Fresh, start: Start, cgroups: Callable[[str], Cgroup], network: str
+) -> None:
     topology = fresh.topology()
     fresh.names(topology, f"good.test. 300 IN A {OUTSIDE4}")
     workloads = [topology.add_veth(), topology.add_veth()]
@@ -400,14 +402,19 @@ def test_each_attachment_can_have_an_address_of_its_own(fresh: Fresh, start: Sta
         assert "to dummy interface netfence0: " in said
         assert "load the kernel module `dummy`, or set dns.listen_addr" in said
         return
-    attached = [daemon.attach(interface=each.host_if) for each in workloads]
+    on_loopback = network.startswith("127.")  # only processes of the host reach it: for cgroups, then
+    groups = [cgroups(f"own-address-{number}") for number in range(2)]
+    attached = [
+        daemon.attach(cgroup=group) if on_loopback else daemon.attach(interface=each.host_if)
+        for each, group in zip(workloads, groups, strict=True)
+    ]
     assert {each.dns[1] for each in attached} == {53}
     assert len({each.dns[0] for each in attached}) == 2
     own = topology.host.interfaces() - interfaces
-    assert own == (set() if network.startswith("127.") else {"netfence0"})
-    for each, workload in zip(attached, workloads, strict=True):
-        with Agent(netns=topology.host if network.startswith("127.") else workload.netns) as agent:
-            assert [str(record.rdata) for record in agent.query(each.dns, "good.test").rr] == [OUTSIDE4]
+    assert own == (set() if on_loopback else {"netfence0"})
+    for each, workload, group in zip(attached, workloads, groups, strict=True):
+        place = fresh.agent(netns=topology.host, cgroup=group) if on_loopback else fresh.agent(netns=workload.netns)
+        assert [str(record.rdata) for record in place.query(each.dns, "good.test").rr] == [OUTSIDE4]
     for each in attached:
         daemon.detach(each.id)
     assert topology.host.interfaces() == interfaces

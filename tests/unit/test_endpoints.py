@@ -10,11 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Self
 
 import pytest
 
-from netfence import endpoints as endpoints_module
-from netfence.endpoints import AddressEndpoints, Endpoint, Endpoints, PortEndpoints, make
+from netfence.dataplane import rtnl
+from netfence.endpoints import AddressEndpoints, Dummy, Endpoint, Endpoints, PortEndpoints, make
 from netfence.errors import ExhaustedError, NetfenceError, PermissionDeniedError, PreconditionError
 
 
@@ -146,7 +147,7 @@ def test_nobody_adds_an_address_while_the_interface_is_taken_away(monkeypatch: p
     most = 0
 
     class Netlink:
-        def __enter__(self) -> Netlink:
+        def __enter__(self) -> Self:
             nonlocal busy, most
             busy += 1
             most = max(most, busy)
@@ -160,10 +161,10 @@ def test_nobody_adds_an_address_while_the_interface_is_taken_away(monkeypatch: p
         def request(self, *_: object) -> None:
             """Do it."""
 
-    monkeypatch.setattr(endpoints_module.rtnl, "Rtnl", Netlink)
-    monkeypatch.setattr(endpoints_module.rtnl, "get_link", lambda *_: SimpleNamespace(ifindex=5, kind="dummy"))
-    monkeypatch.setattr(endpoints_module.rtnl, "get_addresses", lambda *_, **__: [])
-    dummy = endpoints_module.Dummy()
+    monkeypatch.setattr(rtnl, "Rtnl", Netlink)
+    monkeypatch.setattr(rtnl, "get_link", lambda *_: SimpleNamespace(ifindex=5, kind="dummy"))
+    monkeypatch.setattr(rtnl, "get_addresses", lambda *_, **__: [])
+    dummy = Dummy()
     with ThreadPoolExecutor(4) as pool:
         works = [pool.submit(work, "192.0.2.1") for work in (dummy.add, dummy.remove, dummy.add, dummy.remove)]
     for work in works:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from netfence.policy.policy import Policy
 from netfence.store import Store
 from netfence.targets import TargetKeeper, Watchers
 
-PORTS = (42100, 42103)
+FIRST = 20_000 + os.getpid() % 1000 * 8  # below the ephemeral ports, and for each worker its own
+PORTS = (FIRST, FIRST + 3)
 ADDRESS = bytes((192, 0, 2, 1))
 
 
 def interface(name: str, ifindex: int) -> InterfaceTarget:
-    return InterfaceTarget(name, ifindex, "veth", 1, LinkLayer.L2, 0, 0, False, False, ())  # noqa: FBT003 - a record
+    return InterfaceTarget(name, ifindex, "veth", 1, LinkLayer.L2, 0, 0, False, False, ())
 
 
 class FakePlane:
@@ -120,9 +122,11 @@ class FakePlane:
             self.calls.append(f"close {slot}")
 
     def set_own_addresses(self, slot: int, addresses: Sequence[bytes]) -> None:
+        del addresses
         self._called(f"own {slot}")
 
     def set_host_addresses(self, addresses: Iterable[bytes]) -> None:
+        del addresses
         self._called("host")
 
 
@@ -272,7 +276,7 @@ def test_an_attach_that_rolls_back_is_ended_by_nobody_else(tmp_path: Path, how: 
             else:
                 task.cancel()
 
-        bench.store.save = slow_save  # type: ignore[method-assign]
+        bench.store.save = slow_save  # type: ignore[method-assign,assignment]
         task = asyncio.ensure_future(bench.attach())
         await rolling_back.wait()
         live = bench.only()
@@ -330,7 +334,7 @@ def test_a_hook_lost_while_attaching_is_put_back_before_it_is_attached(tmp_path:
             await save(*arguments)
             await bench.keeper._put_back(bench.only())
 
-        bench.store.save = save_and_lose  # type: ignore[method-assign]
+        bench.store.save = save_and_lose  # type: ignore[method-assign,assignment]
         await bench.attach()
         assert bench.plane.calls[-1] == "put_back 7"
 
@@ -347,7 +351,7 @@ def test_a_detach_that_fails_half_way_puts_hooks_and_policy_back(tmp_path: Path)
             await detach(*arguments)
             raise NetfenceError("device busy")
 
-        bench.plane.detach = half  # type: ignore[method-assign]
+        bench.plane.detach = half  # type: ignore[method-assign,assignment]
         with pytest.raises(NetfenceError, match="device busy"):
             await bench.lifecycle.detach(live.row.id)
         assert set(bench.plane.hooked) == {live.row.id}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
-from tests.unit.test_lifecycle import ADDRESS, PORTS, Bench, FakePlane, _targets, interface, until
+from tests.unit.test_lifecycle import PORTS, Bench, FakePlane, _targets, interface, until
 
 from netfence import restore as module
 from netfence.errors import NetfenceError, PreconditionError
@@ -32,7 +32,7 @@ GONE = 99  # an index that is no interface (any more)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AGAIN_S", 0.01)
 
-    def find(row: Row, _rebooted: bool) -> Any:  # noqa: FBT001 - as the real one
+    def find(row: Row, _rebooted: bool) -> Any:
         return None if row.identity == str(GONE) else interface(row.name, int(row.name.removeprefix("veth")))
 
     monkeypatch.setattr(module, "_find", find)
@@ -124,9 +124,9 @@ def test_what_cannot_be_taken_over_takes_commands_and_is_tried_again(tmp_path: P
             raise PreconditionError("no")
 
         if what == "static":
-            bench.lifecycle.static = refuse  # type: ignore[method-assign]
+            bench.lifecycle.static = refuse  # type: ignore[method-assign,assignment]
         elif what == "watch":
-            bench.watch.watch = refuse  # type: ignore[method-assign]
+            bench.watch.watch = refuse  # type: ignore[method-assign,assignment]
         else:
             bench.plane.fail = {what.replace("defect", "restore"): KeyError("slot") if what == "defect" else OSError(5)}
         with capture_logs() as logs:
@@ -159,7 +159,7 @@ def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tm
         await until(lambda: live.hooked)
         await until(lambda: bench.plane.policies[live.row.slot].mode is Mode.DENYLIST)
         await until(lambda: live.row.boot_id == "boot")
-        await until(lambda: bench.background[0].done())
+        await until(bench.background[0].done)
         (row,) = await bench.store.load()
         assert row.boot_id == "boot"
 
@@ -171,7 +171,7 @@ def test_trying_again_ends_with_the_attachment(tmp_path: Path) -> None:
         bench.plane.fail = {"restore": NetfenceError("no")}
         await restored(bench)
         await bench.lifecycle.detach(bench.only().row.id)
-        await until(lambda: bench.background[0].done())
+        await until(bench.background[0].done)
         assert bench.plane.hooked == {}
 
     after_restart(tmp_path, work)
@@ -201,10 +201,10 @@ def test_a_lost_port_is_bound_again_but_not_for_what_was_detached(tmp_path: Path
                 await asyncio.sleep(0.05)  # the detach comes while it binds
                 await start(host, port)
 
-            live.server.start = slow_start  # type: ignore[method-assign]
+            live.server.start = slow_start  # type: ignore[method-assign,assignment]
         await started.wait()
         await bench.lifecycle.detach(live.row.id)
-        await until(lambda: bench.background[0].done())
+        await until(bench.background[0].done)
         with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as free:
             free.bind(("127.0.0.1", PORTS[0]))
         await bench.nothing_is_left()

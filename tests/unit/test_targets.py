@@ -1,4 +1,4 @@
-"""Events about targets: one that cannot be handled keeps no other from it, and what is gone is cleaned up in the end."""
+"""Events about targets: one that fails keeps no other from being handled, and what is gone is cleaned up at last."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.test_lifecycle import _targets, on_bench, until
 from tests.unit.test_lifecycle import Bench as Bench  # noqa: PLC0414 - for the annotations
+from tests.unit.test_lifecycle import _targets, on_bench, until
 
 from netfence import targets
 from netfence.control.port import UnsubscribeReason
@@ -75,7 +75,7 @@ def test_a_target_that_is_gone_is_cleaned_up_with_patience(tmp_path: Path) -> No
             tries.append(asyncio.get_running_loop().time())
             raise NetfenceError("disk full")
 
-        bench.store.remove = full  # type: ignore[method-assign]
+        bench.store.remove = full  # type: ignore[method-assign,assignment]
         watched: list[object] = []
         bench.watch.watch = watched.append  # type: ignore[method-assign,assignment]
         task = await handle(bench, LinkGone(7), LinkGone(7))

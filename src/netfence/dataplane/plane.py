@@ -355,7 +355,8 @@ class DataPlane:
         endpoint = self._endpoints.pop(slot, None)
         # None: a daemon before us wrote it, and we never did.
         for key in [endpoint] if endpoint is not None else list(table.keys()):
-            if table.lookup(key) == _word(slot):
+            owner = table.lookup(key)
+            if owner is not None and owner[:4] == _word(slot):
                 table.delete(key)
         self._leases.clear(slot)
         self._inbound.sweep(0, 0, 0, slot=slot)

@@ -178,13 +178,16 @@ def test_without_inotify_the_file_is_looked_at_until_there_is_room(path: Path, m
 
     monkeypatch.setattr(filewatch, "_call", no_room)
 
+    def write(text: str) -> None:
+        path.write_text(text)
+
     async def test() -> None:
         nonlocal full
         watch = FileWatch(path)
-        path.write_text("two")
+        write("two")
         await asyncio.wait_for(watch.changed(), 2)
         full = False
-        path.write_text("three!")
+        write("three!")
         await asyncio.wait_for(watch.changed(), 2)
         assert watch._fd >= 0
         assert watch._armed
