@@ -33,6 +33,7 @@ SERVICE_ADDRESSES = (
 )  # fmt: skip
 # The bridge, its ports and who is behind them.
 BRIDGE_IF, BRIDGE_UP_IF, SINK_IF = "br0", "brup0", "sink0"
+BRIDGE_MAC = "02:00:00:00:fe:01"
 BRIDGE4, BRIDGE6 = "198.51.100.193", "2001:db8:c::1"
 WORKLOADS4, WORKLOADS6 = "198.51.100", "2001:db8:1"
 MAX_WORKLOADS = 44  # /30 networks in 198.51.100.0–.175; the bridge's network begins at .192
@@ -165,7 +166,8 @@ class Topology:
         )
 
     def _make_bridge(self) -> None:
-        self.host.ip(f"link add {BRIDGE_IF} type bridge mcast_snooping 0 forward_delay 0")
+        # An address of its own: else it takes the lowest of its ports', and changes it when a port joins.
+        self.host.ip(f"link add {BRIDGE_IF} address {BRIDGE_MAC} type bridge mcast_snooping 0 forward_delay 0")
         for family in ("ip", "ip6"):  # where br_netfilter is loaded it would drop what is not valid IP before the sink
             with contextlib.suppress(FileNotFoundError):
                 self.host.sysctl(f"net/bridge/bridge-nf-call-{family}tables", "0")
