@@ -229,6 +229,7 @@ class DataPlane:
         self._pool.shutdown(wait=True)
         if detach:
             loader.unload(self._bpffs_dir)
+        self._hooks.close()
         os.close(self._lock_fd)
 
     def front(self, target: Target, direction: Direction | None, name: str) -> list[str]:
