@@ -185,17 +185,24 @@ class DataPlane:
         """Take over what a daemon before us attached; False when a hook was gone and had to be put back."""
         self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
         self._write_maps(slot, static, word=False)
-        if isinstance(target, CgroupTarget):
-            whole = await self._run(lambda: self._hooks.cgroup_attached(target, name))
-            await self._run(lambda: self._attach_cgroup(slot, target, name))
-        else:
+        if not isinstance(target, CgroupTarget):
             self._set_interface(target.ifindex, slot)
-            side = direction or Direction.WORKLOAD
-            whole = await self._run(lambda: self._hooks.interface_attached(target, side, name))
-            if not whole:
-                await self._run(lambda: self._hooks.attach_interface(target, side, name))
+        whole = await self.put_back(slot, target, direction, name)
         if static.replies != "off":
             self._inbound_hooks[name] = self._spawn(self._attach_inbound(target, direction, name), f"inbound {name}")
+        return whole
+
+    async def put_back(self, slot: int, target: Target, direction: Direction | None, name: str) -> bool:
+        """Attach what somebody took away of an attachment's hooks; False when something had to be put back."""
+        if isinstance(target, CgroupTarget):
+            whole = await self._run(lambda: self._hooks.cgroup_attached(target, name))
+            # Also when all are there: a detach that was cut short has set the slot in the cgroup's storage back.
+            await self._run(lambda: self._attach_cgroup(slot, target, name))
+            return whole
+        side = direction or Direction.WORKLOAD
+        whole = await self._run(lambda: self._hooks.interface_attached(target, side, name))
+        if not whole:
+            await self._run(lambda: self._hooks.attach_interface(target, side, name))
         return whole
 
     async def detach(self, slot: int, target: Target, name: str) -> None:
