@@ -1,7 +1,7 @@
 """daemon.proto ↔ views: what the local API's requests mean and how its answers are written.
 
 Owns the checks that need no host (a target is given, enum numbers are known, metadata within bounds); whether an
-interface exists is the daemon's question. The control plane's messages are `convert`'s.
+interface exists is the daemon's question. The control plane's messages are `control.convert`'s.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from netfence.api.convert import command_of, duration_s
+from netfence.control.convert import command_of, duration_s
 from netfence.errors import InvalidError
 from netfence.policy.commands import (
     AllowCidr,

@@ -1,0 +1,1 @@
+"""A library to write control planes with, and `netfenced controlplane`, which is one made with it."""
