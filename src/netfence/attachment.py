@@ -10,6 +10,11 @@ nothing opens:
   meanwhile stay closed, the next query opens them again; those that only the new policy allowed are closed;
 - work that began is finished even when the caller is cancelled.
 
+Commands that wait together are judged one by one and take effect together: one switch, one write to disk.
+
+While the control plane is away for too long (`ControlPort.stale`) `block_all` is in force instead of the policy, which
+stays what commands change and what is stored.
+
 Leases are kept by `leasing`. Knows no target, no hook and no socket: those are `lifecycle`'s.
 """
 
@@ -20,6 +25,7 @@ import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -39,6 +45,8 @@ from netfence.store import Row
 from netfence.tasks import finish
 
 BULK = 500  # rules from which a command is worth a thread: below, the thread costs more than the work
+Versioned = tuple[Command, str]  # a command and the version it brings
+
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
 
 log = structlog.get_logger(__name__)
@@ -94,7 +102,8 @@ class Attachment:
         self.row = row
         self.active = False  # the first policy is in force and stored
         self.policy_hash = policy.hash()
-        self._policy = policy
+        self._stored = policy  # what commands made
+        self._policy = policy  # what is in force: that, or block_all while we are stale
         self._in_kernel: Policy | None = None
         self._generation = 0
         self._made_by: _Given | None = None  # keeps what made the policy in `_given`, while nothing else changed it
@@ -163,31 +172,69 @@ class Attachment:
 
         Raises InvalidError with every fault, ExhaustedError when a table is full, NotFoundError once closed.
         """
+        _raise_first(await self.apply_all([(command, version)]))
+
+    async def apply_all(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
+        """Apply commands in order; return for each why it was refused, or None. See `ControlHost.apply_all`."""
         # Taken before any suspension, so that commands take effect in the order of the calls.
         async with self._lock:
             if self._closed:
                 raise NotFoundError(f"apply a command to {self.row.id}: it was detached")
-            await finish(self._apply(command, version), f"apply {self.row.id}")
+            return await finish(self._apply_each(commands), f"apply {self.row.id}")
 
-    async def _apply(self, command: Command, version: str) -> None:
-        old = self._policy
-        now = time.monotonic()
-        large = _rules(command) + len(old.cidrs) + len(old.dns.domains) > BULK
-        new = self._shared(command)
-        if new is None:
-            new = await asyncio.to_thread(apply, old, command, now) if large else apply(old, command, now)
-        await self._switch(new)
+    async def _apply_each(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
+        """Apply commands together; should kernel or store refuse them so, one by one: each has its own fate."""
         try:
-            await self._leases.drop_denied(old, new)
-            digest = await asyncio.to_thread(new.hash) if large else new.hash()
-            await self._save(new, version)
+            return await self._apply(commands)
+        except Exception as error:
+            if len(commands) == 1:
+                if isinstance(error, NetfenceError):
+                    return [error]
+                raise
+        return [refusal for one in commands for refusal in await self._apply_each([one])]
+
+    async def _apply(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
+        old = self._stored
+        now = time.monotonic()
+        large = sum(_rules(command) for command, _ in commands) + len(old.cidrs) + len(old.dns.domains) > BULK
+        judge = functools.partial(self._judge, old, commands, now)
+        steps, refusals = await asyncio.to_thread(judge) if large else judge()
+        new = steps[-1]
+        done = [one for one, refusal in zip(commands, refusals, strict=True) if refusal is None]
+        if not done:
+            return refusals
+        await self._switch(new)
+        acked = self.row.acked or any(isinstance(command, BulkUpdate) for command, _ in done)
+        try:
+            for before, after in pairwise(_told_apart(steps)):
+                await self._leases.drop_denied(before, after)
+            digest = await self._digest()
+            await self._save(new, done[-1][1], acked=acked)
         except Exception:
             await self._switch_back(new, old)
             raise
         self.policy_hash = digest
         self.active = True
-        self._note(command, new)
-        self.log.info("policy_applied", command=type(command).__name__, version=version, mode=new.mode.name.lower())
+        self._note(done[-1][0], new)
+        for command, version in done:
+            mode = new.mode.name.lower()
+            self.log.info("policy_applied", command=type(command).__name__, version=version, mode=mode)
+        return refusals
+
+    def _judge(
+        self, policy: Policy, commands: Sequence[Versioned], now: float
+    ) -> tuple[list[Policy], list[NetfenceError | None]]:
+        """Return the policies that the good ones among the commands make, old one first, and the others' refusals."""
+        steps = [policy]
+        refusals: list[NetfenceError | None] = []
+        for command, _ in commands:
+            try:
+                steps.append(self._shared(command) or apply(steps[-1], command, now))
+            except NetfenceError as error:
+                refusals.append(error)
+            else:
+                refusals.append(None)
+        return steps, refusals
 
     def _shared(self, command: Command) -> Policy | None:
         """Return the policy that another attachment was given by this very update: it is immutable, so one will do."""
@@ -209,16 +256,29 @@ class Attachment:
         After a failure, or when the caller goes away, nothing more is accepted: a command that waits behind this one
         may not bring to life what is being rolled back.
         """
+        settled = first.settled if first is not None else None
         try:
             async with self._lock:
                 if first is not None:
-                    await finish(self._apply(first.update, first.version), f"apply {self.row.id}")
+                    await finish(self._apply_first(first), f"apply {self.row.id}")
                 else:
-                    await finish(self._save(self._policy, ""), f"store {self.row.id}")
-                    self.active = True
-        except BaseException:
+                    await finish(self._begin_unacked(), f"store {self.row.id}")
+        except BaseException as error:
             self._closed = True
+            if settled is not None:
+                settled(error)
             raise
+        if settled is not None:
+            settled(None)
+
+    async def _apply_first(self, first: FirstPolicy) -> None:
+        _raise_first(await self._apply_each([(first.update, first.version)]))
+
+    async def _begin_unacked(self) -> None:
+        if self._control.stale:  # whatever start_mode says
+            await self._switch(self._stored)
+        await self._save(self._stored, "", acked=False)
+        self.active = True
 
     def adopt(self, leases: Mapping[bytes, float]) -> None:
         """Book leases (packed address → expiry) that outlived a daemon.
@@ -239,10 +299,27 @@ class Attachment:
             async def work() -> None:
                 await hook()
                 self._in_kernel = None
-                await self._switch(self._policy)
+                await self._switch(self._stored)
+                self.policy_hash = await self._digest()
                 self.active = True
 
             await finish(work(), f"take over {self.row.id}")
+
+    async def follow_staleness(self) -> None:
+        """Put in force what `ControlPort.stale` asks for: block_all, or the policy again. Raises what the kernel does.
+
+        Nothing to do for one that is not active yet: what makes it so asks too.
+        """
+        async with self._lock:
+            if self.active and not self._closed:
+                await finish(self._follow(), f"follow staleness {self.row.id}")
+
+    async def _follow(self) -> None:
+        before = self._policy
+        await self._switch(self._stored)
+        self.policy_hash = await self._digest()
+        if self._policy.mode is not before.mode:
+            self.log.warning("staleness_followed", stale=self._control.stale, mode=self._policy.mode.name.lower())
 
     async def maintain(self, now: float) -> None:
         """Remove what expired: TTL entries from the policy, leases from kernel and book. `now` is monotonic seconds."""
@@ -295,15 +372,25 @@ class Attachment:
             dns_mode=int(policy.dns.mode),
             policy_version=row.policy_version,
             policy_hash=self.policy_hash,
+            acked=row.acked,
         )
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    async def _switch(self, new: Policy) -> None:
+    async def _switch(self, stored: Policy) -> None:
+        """Put in force what `stored` says, or block_all in its place while we are stale."""
+        new = _blocked(stored) if self._control.stale else stored
         if new is not self._in_kernel:
             await self._kernel.apply(self.row.slot, new, self._in_kernel)
         self._in_kernel = self._policy = new
+        self._stored = stored
         self._generation += 1
+
+    async def _digest(self) -> str:
+        """Return the hash of what is in force."""
+        policy = self._policy
+        large = len(policy.cidrs) + len(policy.dns.domains) > BULK
+        return await asyncio.to_thread(policy.hash) if large else policy.hash()
 
     async def _switch_back(self, new: Policy, old: Policy) -> None:
         """Go back to `old`, also in what only `new` let names open meanwhile. The caller hears of the first failure."""
@@ -318,16 +405,21 @@ class Attachment:
         except Exception as error:
             self.log.exception("leases_not_rolled_back", error=str(error), effect="closing them is tried again")
 
-    async def _save(self, policy: Policy, version: str) -> None:
+    async def _save(self, policy: Policy, version: str, *, acked: bool) -> None:
         encode = functools.partial(policy_codec.encode, policy, policy_codec.Clock.now())
-        allowed, blocked = self.queries_allowed, self.queries_blocked
-        row = replace(self.row, policy_version=version, dns_allowed=allowed, dns_blocked=blocked)
+        row = replace(
+            self.row,
+            policy_version=version,
+            dns_allowed=self.queries_allowed,
+            dns_blocked=self.queries_blocked,
+            acked=acked,
+        )
         await self._store.save(row, encode)
-        self.row = replace(self.row, policy_version=version)
+        self.row = replace(self.row, policy_version=version, acked=acked)
 
     async def _maintain(self, now: float) -> None:
-        live = replace(self._policy, cidrs=self._policy.cidrs.live(now))
-        if live.cidrs is not self._policy.cidrs:
+        live = replace(self._stored, cidrs=self._stored.cidrs.live(now))
+        if live.cidrs is not self._stored.cidrs:
             generation = self._generation
             await self._switch(live)
             self._generation = generation  # nothing that was in force changed
@@ -354,6 +446,30 @@ class Attachment:
         if (now := time.monotonic()) >= self._complaint:
             self._complaint = now + COMPLAIN_S
             self.log.warning("lease_refused", name=name, error=str(error), since_start=self.refused_leases)
+
+
+def _raise_first(refusals: Sequence[NetfenceError | None]) -> None:
+    for refusal in refusals:
+        if refusal is not None:
+            raise refusal
+
+
+def _told_apart(steps: Sequence[Policy]) -> list[Policy]:
+    """Return the policies without those that differ from the one before in nothing that names are judged by.
+
+    Each is worth a look at the leases: what one command denies is revoked, also when the next allows it again.
+    """
+
+    def differs(old: Policy, new: Policy) -> bool:
+        same = (new.mode, new.audit, new.dns.mode) == (old.mode, old.audit, old.dns.mode)
+        return not same or new.dns.domains is not old.dns.domains
+
+    return [steps[0], *(new for old, new in pairwise(steps) if differs(old, new))]
+
+
+def _blocked(policy: Policy) -> Policy:
+    """Return the policy with nothing let out; its rules stay, so that putting them back is one write."""
+    return replace(policy, mode=Mode.BLOCK_ALL, audit=False)
 
 
 def dns_address(row: Row) -> str:

@@ -32,11 +32,12 @@ from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.errors import InvalidError, NetfenceError
+from netfence.hosting import Host
 from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
 from netfence.notify import notify
 from netfence.policy.modes import Mode
-from netfence.policy_codec import Clock
+from netfence.policy_codec import Clock, seconds_since
 from netfence.restore import restore
 from netfence.store import Store
 from netfence.targets import TargetKeeper, Watchers
@@ -101,6 +102,7 @@ class _Process:
         async with AsyncExitStack() as stack:
             store = await asyncio.to_thread(Store.open, config.data_dir)
             stack.push_async_callback(store.close)
+            control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
             plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
@@ -127,16 +129,20 @@ class _Process:
             stack.push_async_callback(_end_all, lifecycle, detach=detach)
             await self._run(lifecycle, TargetKeeper(lifecycle, watchers))
 
+    def _daemon_id(self, store: Store) -> str:
+        return self._config.daemon_id or store.daemon_id
+
     async def _run(self, lifecycle: Lifecycle, keeper: TargetKeeper) -> None:
         """Take over what is there, open the API, serve until told to stop."""
         parts, config = lifecycle.parts, self._config
+        host = Host(lifecycle)
         async with asyncio.TaskGroup() as group:
             await keeper.read_host_addresses()
             background = Background(group)
             outcomes = await restore(lifecycle, background.start)
-            daemon = Daemon(lifecycle, background, config.daemon_id or parts.store.daemon_id)
+            daemon = Daemon(lifecycle, background, self._daemon_id(parts.store))
             background.keep(keeper.run, "targets")
-            background.keep(lambda: parts.control.run(lifecycle), "control")
+            background.keep(lambda: parts.control.run(host), "control")
             background.keep(lambda: _maintain(lifecycle), "maintenance")
             api = await serve(daemon, config.socket, config.socket_group)
             try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ import structlog
 from netfence.api.views import AttachmentInfoView, AttachSpec
 from netfence.attachment import Attachment, dns_address, start_policy
 from netfence.config import Config
-from netfence.control.port import AttachmentView, ControlPort, UnsubscribeReason
+from netfence.control.port import ControlPort, UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, raw_senders, require_own_cgroup, resolve_cgroup
 from netfence.dataplane.config import Static
 from netfence.dataplane.target import (
@@ -42,7 +42,6 @@ from netfence.endpoints import Endpoint, Endpoints
 from netfence.errors import ExistsError, NotFoundError, PreconditionError
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
-from netfence.policy.commands import Command
 from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
 from netfence.policy.search import search_suffixes
@@ -112,7 +111,7 @@ class Parts:
 
 
 class Lifecycle:
-    """All attachments of the daemon; a `ControlHost`. Use it only on the event loop."""
+    """All attachments of the daemon. Use it only on the event loop."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -141,22 +140,13 @@ class Lifecycle:
         """Return every attachment, also those being attached."""
         return list(self._live.values())
 
+    def get(self, attachment_id: str) -> Live | None:
+        """Return an attachment by its id, also one being attached."""
+        return self._live.get(attachment_id)
+
     def by_target(self, key: Key) -> Live | None:
         """Return the attachment of a target, also one being attached."""
         return self._live.get(self._targets.get(key, ""))
-
-    # -- ControlHost --------------------------------------------------------------------------------------------------
-
-    def attachments(self) -> Sequence[AttachmentView]:
-        """Return what control planes see of every attachment."""
-        return [live.attachment.view() for live in self.all()]
-
-    async def apply(self, attachment_id: str, command: Command, version: str = "") -> None:
-        """Apply a command; see `ControlHost`."""
-        live = self._live.get(attachment_id)
-        if live is None:
-            raise NotFoundError(f"apply a command: no attachment {attachment_id}")
-        await live.attachment.apply(command, version)
 
     # -- attach -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,25 @@ class Clock:
         if self.boot_id == other.boot_id:
             return 0.0
         return (self.mono - self.wall) - (other.mono - other.wall)
+
+
+def contact_text(clock: Clock) -> str:
+    """Return a moment as text for the store."""
+    return json.dumps(asdict(clock))
+
+
+def seconds_since(text: str | None, now: Clock) -> float | None:
+    """Return how long ago the moment was that the store has; None when there is none, or none that can be read.
+
+    After a reboot that is the wall clock's word; should that have been set back, 0.
+    """
+    if text is None:
+        return None
+    try:
+        then = Clock(**json.loads(text))
+        return max(now.mono - then.mono - now.shift_from(then), 0.0)
+    except (ValueError, TypeError):
+        return None
 
 
 def encode(policy: Policy, clock: Clock) -> str:

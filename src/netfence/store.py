@@ -27,14 +27,15 @@ from typing import TypeVar
 
 from netfence.errors import NetfenceError, PreconditionError
 
-SCHEMA_VERSION = 1  # PRAGMA user_version; raise it with every change of SCHEMA and write the migration
+SCHEMA_VERSION = 2  # PRAGMA user_version; raise it with every change of SCHEMA and write the migration
 DATABASE = "state.db"
 LOCK = "state.lock"
 BUSY_S = 5.0  # how long a write waits for a human's sqlite3 shell; nobody else writes
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS daemon (
-  id TEXT NOT NULL
+  id TEXT NOT NULL,
+  contact TEXT                   -- JSON: when the control plane was last there, on all clocks; NULL: never
 ) STRICT;
 CREATE TABLE IF NOT EXISTS attachments (
   id TEXT PRIMARY KEY,
@@ -54,16 +55,27 @@ CREATE TABLE IF NOT EXISTS attachments (
   policy TEXT,                   -- see policy_codec; NULL until the first policy was acknowledged
   policy_version TEXT NOT NULL,
   dns_allowed INTEGER NOT NULL,
-  dns_blocked INTEGER NOT NULL
+  dns_blocked INTEGER NOT NULL,
+  acked INTEGER NOT NULL DEFAULT 1 -- 0: attached without waiting, and no control plane gave it a policy yet
 ) STRICT;
 """
 
+# From each older version to the next one.
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE daemon ADD COLUMN contact TEXT",
+        "ALTER TABLE attachments ADD COLUMN acked INTEGER NOT NULL DEFAULT 1",
+    ),
+}
+
 COLUMNS = (
     "id, slot, kind, name, identity, link_kind, direction, hook, mechanism, metadata, dns_host, dns_port,"
-    " boot_id, attached_at, policy, policy_version, dns_allowed, dns_blocked"
+    " boot_id, attached_at, policy, policy_version, dns_allowed, dns_blocked, acked"
 )
 _INSERT = f"INSERT INTO attachments ({COLUMNS}) VALUES ({', '.join('?' for _ in COLUMNS.split(','))})"  # noqa: S608 - constants
-_SAVE = "UPDATE attachments SET policy=?, policy_version=?, mechanism=?, dns_allowed=?, dns_blocked=? WHERE id=?"
+_SAVE = (
+    "UPDATE attachments SET policy=?, policy_version=?, mechanism=?, dns_allowed=?, dns_blocked=?, acked=? WHERE id=?"
+)
 _SELECT = f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id"  # noqa: S608 - constants
 
 T = TypeVar("T")
@@ -91,6 +103,7 @@ class Row:
     policy_version: str = ""
     dns_allowed: int = 0
     dns_blocked: int = 0
+    acked: bool = True
 
 
 class Store:
@@ -102,6 +115,7 @@ class Store:
         self._lock_fd = lock_fd
         self._pool = pool
         self.daemon_id = ""
+        self.contact: str | None = None
 
     @classmethod
     def open(cls, data_dir: Path) -> Store:
@@ -115,9 +129,9 @@ class Store:
         path = data_dir / DATABASE
         pool = ThreadPoolExecutor(1, thread_name_prefix="netfence-store")
         try:
-            store = pool.submit(_connect, path).result()
-            self = cls(path, store[0], lock_fd, pool)
-            self.daemon_id = store[1]
+            connection, daemon_id, contact = pool.submit(_connect, path).result()
+            self = cls(path, connection, lock_fd, pool)
+            self.daemon_id, self.contact = daemon_id, contact
         except sqlite3.Error as error:
             pool.shutdown()
             os.close(lock_fd)
@@ -146,7 +160,7 @@ class Store:
         `encode` makes the text and runs in the store's thread, because a large policy takes a tenth of a second.
         """
         text = await asyncio.get_running_loop().run_in_executor(self._pool, encode)
-        values = (text, row.policy_version, row.mechanism, row.dns_allowed, row.dns_blocked, row.id)
+        values = (text, row.policy_version, row.mechanism, row.dns_allowed, row.dns_blocked, row.acked, row.id)
 
         def work(connection: sqlite3.Connection) -> None:
             if connection.execute(_SAVE, values).rowcount != 1:
@@ -162,6 +176,11 @@ class Store:
             connection.executemany("UPDATE attachments SET dns_allowed=?, dns_blocked=? WHERE id=?", rows)
 
         await self._run("save_counters", work, durable=False)
+
+    async def save_contact(self, contact: str) -> None:
+        """Store when the control plane was last there; no fsync: a power cut may make it half a minute older."""
+        await self._run("save_contact", lambda db: db.execute("UPDATE daemon SET contact=?", (contact,)), durable=False)
+        self.contact = contact
 
     async def replace(self, row: Row) -> None:
         """Store anew where and how an attachment is hooked (slot, mechanism, identity, boot); its policy stays."""
@@ -246,31 +265,35 @@ def _lock(data_dir: Path) -> int:
     return fd
 
 
-def _connect(path: Path) -> tuple[sqlite3.Connection, str]:
-    """Open the database in this thread; return it and the daemon id."""
+def _connect(path: Path) -> tuple[sqlite3.Connection, str, str | None]:
+    """Open the database in this thread; return it, the daemon id and when the control plane was last there."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA trusted_schema=OFF")
-        _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        _check_version(path, version)
         connection.execute("BEGIN IMMEDIATE")
+        for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+            for statement in MIGRATIONS[older]:
+                connection.execute(statement)
         for statement in SCHEMA.split(";\n"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        if (row := connection.execute("SELECT id FROM daemon").fetchone()) is None:
-            row = (str(uuid.uuid4()),)
-            connection.execute("INSERT INTO daemon VALUES (?)", row)
+        if (row := connection.execute("SELECT id, contact FROM daemon").fetchone()) is None:
+            row = (str(uuid.uuid4()), None)
+            connection.execute("INSERT INTO daemon VALUES (?, ?)", row)
         connection.execute("COMMIT")
     except BaseException:
         connection.close()
         raise
-    return connection, str(row[0])
+    return connection, str(row[0]), row[1]
 
 
 def _check_version(path: Path, version: int) -> None:
-    if version not in (0, SCHEMA_VERSION):
+    if version not in (0, *MIGRATIONS, SCHEMA_VERSION):
         raise PreconditionError(
             f"open state {path}: schema version {version}, this netfenced reads {SCHEMA_VERSION};"
             " run the version that wrote it, or move the file away to start without state"
@@ -283,8 +306,8 @@ def _load(connection: sqlite3.Connection) -> list[Row]:
     found = []
     for values in rows:
         data = dict(zip(names, values, strict=True))
-        metadata = json.loads(data.pop("metadata"))
-        found.append(replace(Row(**data), metadata=metadata))
+        metadata, acked = json.loads(data.pop("metadata")), bool(data.pop("acked"))
+        found.append(replace(Row(**data), metadata=metadata, acked=acked))
     return found
 
 

@@ -26,6 +26,7 @@ from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import PortEndpoints
 from netfence.errors import NetfenceError, NotFoundError
+from netfence.hosting import Host
 from netfence.lifecycle import Lifecycle, Live, Parts, Target, key_of
 from netfence.policy.commands import BulkUpdate, SetMode
 from netfence.policy.modes import Mode
@@ -285,7 +286,7 @@ def test_an_attach_that_rolls_back_is_ended_by_nobody_else(tmp_path: Path, how: 
         await bench.keeper._gone(key_of(live.target))
         await bench.lifecycle.end(live, UnsubscribeReason.REMOVED)
         with pytest.raises(NotFoundError) if how != "gone" else contextlib.nullcontext():
-            await bench.lifecycle.apply(live.row.id, SetMode(Mode.DISABLED))
+            await Host(bench.lifecycle).apply(live.row.id, SetMode(Mode.DISABLED))
         assert bench.lifecycle.all() == []
         said.set()
         with pytest.raises((NetfenceError, asyncio.CancelledError)):

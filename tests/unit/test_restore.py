@@ -17,6 +17,7 @@ from tests.unit.test_lifecycle import PORTS, Bench, FakePlane, _targets, interfa
 
 from netfence import restore as module
 from netfence.errors import NetfenceError, PreconditionError
+from netfence.hosting import Host
 from netfence.lifecycle import key_of
 from netfence.policy.commands import DenyDomain, SetMode
 from netfence.policy.modes import Mode
@@ -77,7 +78,7 @@ def test_what_was_attached_is_taken_over_with_its_leases(tmp_path: Path) -> None
         live = bench.only()
         assert (live.attached, live.hooked) == (True, True)
         assert bench.watch.targets == {key_of(live.target)}
-        await bench.lifecycle.apply(live.row.id, DenyDomain("x.test"))
+        await Host(bench.lifecycle).apply(live.row.id, DenyDomain("x.test"))
         assert f"close {live.row.slot}" in bench.plane.calls
 
     after_restart(tmp_path, work)
@@ -135,7 +136,7 @@ def test_what_cannot_be_taken_over_takes_commands_and_is_tried_again(tmp_path: P
         assert told["effect"].startswith("the kernel goes on enforcing what it has")
         live = bench.only()
         bench.plane.fail = {}
-        await bench.lifecycle.apply(live.row.id, DenyDomain("x.test"))
+        await Host(bench.lifecycle).apply(live.row.id, DenyDomain("x.test"))
         assert f"close {live.row.slot}" in bench.plane.calls  # its leases are known, so they are revoked
         bench.lifecycle.static, bench.watch.watch = static, watch  # type: ignore[method-assign]
         await until(lambda: live.hooked and not any(task for task in bench.background if not task.done()))
@@ -154,7 +155,7 @@ def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tm
         (told,) = [entry for entry in logs if entry["event"] == "not_taken_over"]
         assert told["effect"].startswith("it is NOT fenced")
         live = bench.only()
-        await bench.lifecycle.apply(live.row.id, SetMode(Mode.DENYLIST))
+        await Host(bench.lifecycle).apply(live.row.id, SetMode(Mode.DENYLIST))
         bench.plane.fail = {}
         await until(lambda: live.hooked)
         await until(lambda: bench.plane.policies[live.row.slot].mode is Mode.DENYLIST)

@@ -22,9 +22,9 @@ from netfence.control.policyfile import PolicyFile, Rule, load_policy_file
 from netfence.control.port import (
     AttachmentView,
     ConnectionState,
-    ControlHost,
     FirstPolicy,
     NameDecision,
+    PolicyHost,
     UnsubscribeReason,
 )
 from netfence.errors import InvalidError, NetfenceError, NotFoundError, PreconditionError, UnavailableError
@@ -48,7 +48,7 @@ class LocalControl:
     def __init__(self, file: PolicyFile) -> None:
         self._file = file
         self._given: dict[str, _Given] = {}
-        self._host: ControlHost | None = None
+        self._host: PolicyHost | None = None
         self._reloading = asyncio.Lock()
         _warn(file)
 
@@ -65,7 +65,15 @@ class LocalControl:
     def check(self, target: str) -> None:
         """Accept every target: one that no rule matches gets block_all."""
 
-    async def run(self, host: ControlHost) -> None:
+    @property
+    def stale(self) -> bool:
+        """Return False: a file is always there."""
+        return False
+
+    def introduce(self, daemon_id: str, away_s: float | None) -> None:
+        """Do nothing."""
+
+    async def run(self, host: PolicyHost) -> None:
         """Watch the file and keep every attachment at its rule until cancelled."""
         self._host = host
         for view in host.attachments():  # restored ones: the file may have changed while no daemon ran
@@ -169,7 +177,15 @@ class NoControl:
             f" {self.REMEDY}, and restart netfenced"
         )
 
-    async def run(self, host: ControlHost) -> None:
+    @property
+    def stale(self) -> bool:
+        """Return False: nobody is awaited."""
+        return False
+
+    def introduce(self, daemon_id: str, away_s: float | None) -> None:
+        """Do nothing."""
+
+    async def run(self, host: PolicyHost) -> None:
         """Warn once, then wait."""
         del host
         log.warning("no_policy_source", remedy=self.REMEDY, effect="attach is refused")

@@ -7,10 +7,11 @@ values that cross them. It knows no gRPC, no file format and no kernel.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from netfence.errors import NetfenceError
 from netfence.policy.commands import BulkUpdate, Command
 
 
@@ -35,7 +36,8 @@ class AttachmentView:
     """What a control plane may know of an attachment; a snapshot, not a live object.
 
     `target` is the interface name or the cgroup path, `kind` is ``interface`` or ``cgroup``, `dns_address` is
-    ``host:port``. `mode`, `dns_mode`, `policy_version` and `policy_hash` are those of the policy in force.
+    ``host:port``. `mode`, `dns_mode` and `policy_hash` are those of the policy in force, `policy_version` that of the
+    last command. Not `acked`: it was attached without waiting and no control plane has given it a policy yet.
     """
 
     id: str
@@ -47,14 +49,36 @@ class AttachmentView:
     dns_mode: int = 0
     policy_version: str = ""
     policy_hash: str = ""
+    acked: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StatsView:
+    """Counters of one attachment since its attach, as a heartbeat tells them; pairs are (packets, bytes)."""
+
+    id: str
+    allowed: tuple[int, int]
+    blocked: tuple[int, int]
+    would_block: int
+    queries_allowed: int
+    queries_blocked: int
+    policy_hash: str
+
+
+def _nobody(_failure: BaseException | None) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstPolicy:
-    """The answer to `subscribe`: the whole policy, and the control plane's opaque version of it ("" for none)."""
+    """The answer to `subscribe`: the whole policy, and the control plane's opaque version of it ("" for none).
+
+    `settled` is called once, when it is in force (None) or could not be applied (why not).
+    """
 
     update: BulkUpdate
     version: str = ""
+    settled: Callable[[BaseException | None], None] = _nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +94,8 @@ class NameDecision:
     ttl_s: float = 0.0
 
 
-class ControlHost(Protocol):
-    """What the daemon offers to a control plane."""
+class PolicyHost(Protocol):
+    """What whoever decides policies needs at least."""
 
     def attachments(self) -> Sequence[AttachmentView]:
         """Return every attachment whose first policy is in force."""
@@ -82,6 +106,36 @@ class ControlHost(Protocol):
 
         Raises NotFoundError for an unknown id, InvalidError with every fault, ExhaustedError when a table is full.
         """
+        ...
+
+
+class ControlHost(PolicyHost, Protocol):
+    """What the daemon offers to a control plane."""
+
+    async def apply_all(
+        self, attachment_id: str, commands: Sequence[tuple[Command, str]]
+    ) -> Sequence[NetfenceError | None]:
+        """Apply commands, each with its version, in order; return for each why it was refused, or None.
+
+        Each takes effect whole or not at all, as by `apply`; together they cost one switch and one write to disk.
+        Raises NotFoundError for an unknown id.
+        """
+        ...
+
+    def view(self, attachment_id: str) -> AttachmentView | None:
+        """Return one attachment, also one whose first policy is awaited; None for an unknown id."""
+        ...
+
+    async def stats(self) -> Sequence[StatsView]:
+        """Read the counters of every attachment."""
+        ...
+
+    async def follow_staleness(self) -> None:
+        """Bring every attachment in line with `ControlPort.stale`, which has changed; raises when one could not be."""
+        ...
+
+    async def save_contact(self) -> None:
+        """Store that the control plane is here at this moment."""
         ...
 
 
@@ -100,6 +154,15 @@ class ControlPort(Protocol):
     @property
     def address(self) -> str:
         """Return where the control plane is, for humans: ``host:port`` or ``file:/path``."""
+        ...
+
+    @property
+    def stale(self) -> bool:
+        """Tell whether every attachment has to be blocked, because the control plane is away for too long."""
+        ...
+
+    def introduce(self, daemon_id: str, away_s: float | None) -> None:
+        """Tell who we are, and for how long the control plane has been away (None: it never was here); first of all."""
         ...
 
     async def run(self, host: ControlHost) -> None:

@@ -70,8 +70,11 @@ def test_faults_name_their_line(data: bytes, expected: tuple[str, ...]) -> None:
 
 
 def test_endless_nesting_is_refused_without_a_crash() -> None:
-    (fault,) = errors(b"[" * 100_000)
+    (fault,) = errors(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
     assert fault == f"f:1: YAML: nested deeper than {MAX_DEPTH}"
+    (fault,) = errors(b"[" * 100_000)
+    # Since 6.0.4 the parser has a limit of its own and may be the first to complain.
+    assert fault in (f"f:1: YAML: nested deeper than {MAX_DEPTH}", "f:1: YAML: exceeded maximum nesting depth")
 
 
 def test_a_billion_laughs_cost_nothing() -> None:
