@@ -25,13 +25,15 @@ from netfence import __version__, endpoints, log
 from netfence.api.service import serve
 from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
 from netfence.config import Config, Loaded, system_upstreams
+from netfence.control.credentials import load as load_secrets
 from netfence.control.local import LocalControl, NoControl, load_policy_file
 from netfence.control.port import ControlPort, UnsubscribeReason
+from netfence.control.remote import RemoteControl
 from netfence.dataplane import probe
 from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
-from netfence.errors import InvalidError, NetfenceError
+from netfence.errors import NetfenceError
 from netfence.hosting import Host
 from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
@@ -159,6 +161,9 @@ class _Process:
                 events.info("stopping", attachments=len(lifecycle), filters=kept)
             finally:
                 await api.close(GRACE_S)
+            if config.enforcement.on_shutdown == "detach":
+                await _end_all(lifecycle, detach=True)  # here, while the control plane can be told
+                await parts.control.drain()
             background.cancel()
 
 
@@ -287,14 +292,17 @@ async def _end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
 
 
 async def make_control(config: Config) -> ControlPort:
-    """Choose who decides. Raises InvalidError: a bad policy file, or a control plane, which comes later."""
-    if config.control_plane.url:
-        raise InvalidError(
-            f"start: control_plane.url is {', '.join(config.control_plane.url)}: remote control planes are not"
-            f" supported by netfenced {__version__}; remove it and set policy_file"
-        )
+    """Choose who decides: a control plane, a policy file, or nobody.
+
+    Raises InvalidError: a bad policy file, or bad TLS files.
+    """
     if config.metrics.listen is not None:
         events.warning("not_supported_yet", key="metrics.listen", value=config.metrics.listen, effect="no metrics")
+    if config.control_plane.url:
+        if config.policy_file is not None:
+            events.info("policy_file_not_used", file=str(config.policy_file), why="control_plane.url is set")
+        secrets = await asyncio.to_thread(load_secrets, config.control_plane)
+        return RemoteControl(config.control_plane, secrets, config.metadata)
     if config.policy_file is None:
         return NoControl()
     return LocalControl(await asyncio.to_thread(load_policy_file, config.policy_file))

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import MutableMapping
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, Final, TextIO
 
 import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "console", "json")
+
+LOG_EVERY_S: Final = 10.0
+"""Seconds between two lines about the same: who sends queries, answers or commands must not fill the log."""
 
 
 def set_up(level: str, fmt: str, stream: TextIO | None = None) -> None:
@@ -41,6 +45,24 @@ def set_up(level: str, fmt: str, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [_Bridge()]
     root.setLevel(max(number, logging.WARNING))
+
+
+class LogLimit:
+    """Lets a line through once in `LOG_EVERY_S`, and counts all."""
+
+    __slots__ = ("_next", "count")
+
+    def __init__(self) -> None:
+        self._next = -math.inf
+        self.count = 0
+
+    def due(self, now: float) -> bool:
+        """Count one occurrence; tell whether it is to be logged."""
+        self.count += 1
+        if now < self._next:
+            return False
+        self._next = now + LOG_EVERY_S
+        return True
 
 
 class _Bridge(logging.Handler):

@@ -83,3 +83,9 @@ def test_a_traceback_is_shown(fmt: str) -> None:
     log.set_up("info", fmt, out)
     structlog.get_logger().error("failed", exc_info=ValueError("the cause"))
     assert "ValueError: the cause" in out.getvalue()
+
+
+def test_a_line_at_once_then_rarely_and_all_are_counted() -> None:
+    limit = log.LogLimit()
+    assert [limit.due(5.0 + n * log.LOG_EVERY_S / 2) for n in range(5)] == [True, False, True, False, True]
+    assert limit.count == 5

@@ -73,6 +73,9 @@ class LocalControl:
     def introduce(self, daemon_id: str, away_s: float | None) -> None:
         """Do nothing."""
 
+    async def drain(self) -> None:
+        """Do nothing."""
+
     async def run(self, host: PolicyHost) -> None:
         """Watch the file and keep every attachment at its rule until cancelled."""
         self._host = host
@@ -183,6 +186,9 @@ class NoControl:
         return False
 
     def introduce(self, daemon_id: str, away_s: float | None) -> None:
+        """Do nothing."""
+
+    async def drain(self) -> None:
         """Do nothing."""
 
     async def run(self, host: PolicyHost) -> None:

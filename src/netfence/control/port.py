@@ -169,6 +169,10 @@ class ControlPort(Protocol):
         """Serve `host` until cancelled: keep the stream, or watch the file. Ends only by cancellation."""
         ...
 
+    async def drain(self) -> None:
+        """Give what waits to be told a moment to be told, at the end of the daemon."""
+        ...
+
     async def reload(self) -> None:
         """Read again what was configured by files (SIGHUP). Errors are logged and change nothing."""
         ...

@@ -25,11 +25,12 @@ from netfence.dns.judge import Verdict, chain_denial, judge
 from netfence.dns.limits import MAX_HOT_REPLY, MAX_OUTSTANDING, MAX_REJUDGE
 from netfence.dns.message import EDE_FILTERED, EDE_NO_REACHABLE, EDE_OTHER, Ede
 from netfence.dns.proxy import ProxyBook
-from netfence.dns.ratelimit import LogLimit, TokenBucket
+from netfence.dns.ratelimit import TokenBucket
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.dns.wire import CD, HTTPS, REFUSED, SERVFAIL, SVCB, Query, Refusal, WireError, parse_query
 from netfence.errors import NetfenceError
+from netfence.log import LogLimit
 from netfence.policy.search import strip
 
 MAX_MESSAGE: Final = 65_535

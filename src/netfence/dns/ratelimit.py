@@ -1,12 +1,6 @@
-"""How often: `dns.max_qps` of one attachment, and log lines. Pure; times are monotonic seconds given by the caller."""
+"""How often: `dns.max_qps` of one attachment. Pure; times are monotonic seconds given by the caller."""
 
 from __future__ import annotations
-
-import math
-from typing import Final
-
-LOG_EVERY_S: Final = 10.0
-"""Seconds between two lines about the same: who sends queries or answers must not fill the log."""
 
 
 class TokenBucket:
@@ -26,22 +20,4 @@ class TokenBucket:
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0
-        return True
-
-
-class LogLimit:
-    """Lets a line through once in `LOG_EVERY_S`, and counts all."""
-
-    __slots__ = ("_next", "count")
-
-    def __init__(self) -> None:
-        self._next = -math.inf
-        self.count = 0
-
-    def due(self, now: float) -> bool:
-        """Count one occurrence; tell whether it is to be logged."""
-        self.count += 1
-        if now < self._next:
-            return False
-        self._next = now + LOG_EVERY_S
         return True

@@ -22,10 +22,10 @@ from netfence.dns.cache import CacheKey
 from netfence.dns.exchange import SPOOFED, UdpExchanger, ask_tcp
 from netfence.dns.limits import MAX_FLIGHTS, MAX_FREE_FLIGHTS, RESOLVE_DEADLINE_S
 from netfence.dns.message import upstream_query
-from netfence.dns.ratelimit import LogLimit
 from netfence.dns.settings import DnsSettings, Upstream, upstreams_of
 from netfence.dns.wire import REFUSED, SERVFAIL, Query, WireError
 from netfence.errors import ExhaustedError, NetfenceError, UnavailableError
+from netfence.log import LogLimit
 
 Done = Callable[[Answer | NetfenceError], None]
 

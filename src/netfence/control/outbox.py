@@ -1,0 +1,188 @@
+"""What waits to be told to the control plane: state events, never dropped, and the newest heartbeat.
+
+Owns the order and what a lost stream means for each kind; it knows no gRPC. Bounded: an attachment has at most one
+`Subscribed`, one `Unsubscribed` and, over a lost stream, one `Result` here; `full` tells when a peer that does not read
+has so many results waiting that no more of its commands should be taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from netfence.control.port import AttachmentView, StatsView, UnsubscribeReason
+
+MAX_RESULTS: Final = 4096
+"""Results that wait for a peer to read them before its commands are left unread: twice the attachments there can be."""
+
+UNSURE_S: Final = 60.0
+"""How long after it was written an `Unsubscribed` may still be lost with its stream: unacknowledged data ends a TCP
+connection within keepalive's time-out (20 s), and heartbeats see to it that there is some. Told twice does no harm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """An attachment waits for its policy."""
+
+    view: AttachmentView
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribed:
+    """An attachment is gone."""
+
+    id: str
+    reason: UnsubscribeReason
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a command; `nonce` "" once its stream is lost."""
+
+    nonce: str
+    id: str
+    version: str
+    ok: bool
+    errors: tuple[str, ...] = ()
+    policy_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The counters of all attachments."""
+
+    stats: tuple[StatsView, ...]
+
+
+Event = Subscribed | Unsubscribed | Result | Heartbeat
+Key = tuple[str, str | int]  # kind, and the attachment's id or a number of ours
+
+
+class Outbox:
+    """The events that wait, in order. Use it on one event loop; one reader at a time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._waiting: dict[Key, Event] = {}
+        self._heartbeat: Heartbeat | None = None
+        self._writing: Event | None = None
+        self._unsure: deque[tuple[float, Unsubscribed]] = deque()
+        self._results = 0
+        self._number = 0
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + (self._heartbeat is not None)
+
+    def subscribed(self, view: AttachmentView) -> None:
+        """Tell that an attachment waits for its policy."""
+        self._put(("subscribed", view.id), Subscribed(view))
+
+    def unsubscribed(self, attachment_id: str, reason: UnsubscribeReason, error: str) -> None:
+        """Tell that an attachment is gone; nothing, if nobody has been told of it yet."""
+        if self._waiting.pop(("subscribed", attachment_id), None) is None:
+            self._put(("unsubscribed", attachment_id), Unsubscribed(attachment_id, reason, error))
+
+    def result(self, result: Result) -> None:
+        """Tell what became of a command."""
+        self._number += 1
+        self._results += 1
+        if self._results >= MAX_RESULTS:
+            self._room.clear()
+        self._put(("result", self._number), result)
+
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Tell the counters; an older heartbeat that waits still is replaced."""
+        self._heartbeat = heartbeat
+        self._news.set()
+        self._empty.clear()
+
+    def waits(self, attachment_id: str) -> bool:
+        """Tell whether the `Subscribed` of this attachment has not been taken yet."""
+        return ("subscribed", attachment_id) in self._waiting
+
+    async def room(self) -> None:
+        """Wait until fewer than `MAX_RESULTS` results wait."""
+        await self._room.wait()
+
+    async def take(self) -> Event:
+        """Wait for the next event and take it, to be written; `written` follows, or `lost`."""
+        while not self._waiting and self._heartbeat is None:
+            self._news.clear()
+            await self._news.wait()
+        if self._waiting:
+            key = next(iter(self._waiting))
+            event = self._waiting.pop(key)
+            if isinstance(event, Result):
+                self._count_result()
+        else:
+            assert self._heartbeat is not None  # noqa: S101 - for mypy: the loop above
+            event, self._heartbeat = self._heartbeat, None
+        self._writing = event
+        return event
+
+    def written(self) -> None:
+        """Note that what was taken has been written."""
+        event, self._writing = self._writing, None
+        now = self._clock()
+        while self._unsure and self._unsure[0][0] + UNSURE_S < now:
+            self._unsure.popleft()
+        if isinstance(event, Unsubscribed):
+            self._unsure.append((now, event))
+        if not len(self):
+            self._empty.set()
+
+    async def emptied(self) -> None:
+        """Wait until all that waited has been written."""
+        await self._empty.wait()
+
+    def begin(self, unacked: Iterable[AttachmentView]) -> None:
+        """Note that a stream begins: attachments that nobody gave a policy yet are announced on each.
+
+        Only those whose attach did not wait are meant: where it waited, it fails with its stream.
+        """
+        for view in unacked:
+            self.subscribed(view)
+
+    def lost(self) -> None:
+        """Put in order what waits for the next stream, the last one being lost.
+
+        What may have been lost with it is told again, a `Subscribed` apart: see `begin`. Results keep their newest per
+        attachment, without the nonce, which means nothing on another stream.
+        """
+        writing, self._writing = self._writing, None
+        since = self._clock() - UNSURE_S
+        unsure = [event for written, event in self._unsure if written >= since]
+        self._unsure.clear()
+        if isinstance(writing, Unsubscribed):
+            unsure.append(writing)
+        results: dict[str, Result] = {}
+        for event in (writing, *self._waiting.values()):
+            if isinstance(event, Result):
+                results[event.id] = replace(event, nonce="")
+        rest = {key: event for key, event in self._waiting.items() if key[0] != "result"}
+        told_again: dict[Key, Event] = {("unsubscribed", event.id): event for event in unsure}
+        self._waiting = {**told_again, **rest, **{("result", result.id): result for result in results.values()}}
+        self._results = len(results)
+        self._room.set()
+        if self._waiting:
+            self._news.set()
+
+    def _put(self, key: Key, event: Event) -> None:
+        self._waiting[key] = event
+        self._news.set()
+        self._empty.clear()
+
+    def _count_result(self) -> None:
+        self._results -= 1
+        if self._results < MAX_RESULTS:
+            self._room.set()
