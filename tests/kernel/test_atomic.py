@@ -6,21 +6,18 @@ of one address not a packet may be lost, of the other none may pass. The fence c
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
+from flood import FarEnd, flood
 from harness import packets
 from harness.deadline import wait_for
 from harness.fence import Attachment, Fence, moved
-from harness.spawn import spawn, stop
 from harness.topology import INTERNET_IF, UP_IF, Topology, Workload
-from harness.wire import Meter, PacketSender, Sniffer, Tag, harness_cpu
+from harness.wire import Meter, PacketSender, Sniffer, Tag
 from netfence.policy.commands import BulkUpdate, apply
 from netfence.policy.modes import Mode, Reason
 from netfence.policy.policy import EMPTY, Policy
@@ -29,44 +26,6 @@ ALLOWED = {"ipv4": "203.0.113.80", "ipv6": "2001:db8:b::80"}
 DENIED = {"ipv4": "203.0.113.81", "ipv6": "2001:db8:b::81"}
 SWITCHES = 200
 RULES = 3000
-FLOOD = """
-import os, socket, sys
-os.sched_setaffinity(0, {int(sys.argv[1])})
-sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-sock.bind(("eth0", 0))
-frames = [bytes.fromhex(text) for text in sys.argv[2:]]
-os.set_blocking(0, False)
-sent = 0
-print("running", flush=True)
-while True:
-    for _ in range(50):
-        for frame in frames:
-            sock.send(frame)
-    sent += 50
-    try:
-        if os.read(0, 1) == b"":
-            break
-    except BlockingIOError:
-        pass
-print(sent, flush=True)
-"""
-
-
-@contextmanager
-def flood(workload: Workload, *frames: bytes) -> Iterator[list[int]]:
-    """Send the frames in turn, as fast as it goes, while inside; the list gets how often each was sent."""
-    argv = [sys.executable, "-I", "-S", "-c", FLOOD, str(harness_cpu()), *[frame.hex() for frame in frames]]
-    process = spawn(argv, netns=workload.netns, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    sent: list[int] = []
-    try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"running\n"
-        yield sent
-        process.stdin.close()
-        sent.append(int(process.stdout.readline()))
-    finally:
-        stop(process)
 
 
 def wait_for_more(fenced: Attachment, reason: Reason | None = None) -> None:
@@ -89,24 +48,6 @@ def arrived(topology: Topology, workload: Workload, to: str) -> int:
     ):
         packet = workload.bytes_of(packets.UDP4, to, tag)
         return Meter(ear, sentinels).transmit(workload.sender, tag, [packet] * 3)
-
-
-class FarEnd:
-    """Counts in the internet's kernel what arrives for an address, before anything there could lose it."""
-
-    def __init__(self, topology: Topology, addresses: list[str]) -> None:
-        self._netns = topology.internet
-        rules = "; ".join(f"{'ip6' if ':' in each else 'ip'} daddr {each} counter" for each in addresses)
-        chain = f"chain arrived {{ type filter hook prerouting priority -400; {rules}; }}"
-        self._netns.run("nft", f"table inet far_end {{ {chain}; }}")
-
-    def counts(self) -> list[int]:
-        listed = json.loads(self._netns.run("nft", "-j", "list", "chain", "inet", "far_end", "arrived").stdout)
-        rules = [each["rule"]["expr"] for each in listed["nftables"] if "rule" in each]
-        return [expression["counter"]["packets"] for rule in rules for expression in rule if "counter" in expression]
-
-    def close(self) -> None:
-        self._netns.run("nft", "delete table inet far_end")
 
 
 def policy(seed: int, mode: Mode, allow: list[str], deny: list[str], rules: int = RULES) -> Policy:
