@@ -68,13 +68,11 @@ def make_channel(address: str, secrets: Secrets, *, max_message_size: int) -> gr
         ("grpc.keepalive_permit_without_calls", 0),  # Go servers count these as too many, whatever the pause
         ("grpc.http2.max_pings_without_data", 0),  # no limit: a stream may be silent for long
     ]
-    authority = secrets.server_name or (LOCAL_AUTHORITY if unix else None)
-    if authority is not None:
+    if authority := secrets.server_name or (LOCAL_AUTHORITY if unix else ""):
+        # Also the name that TLS asks for and checks; grpc.ssl_target_name_override would add nothing.
         options.append(("grpc.default_authority", authority))
     if secrets.ca is None:
         return grpc.aio.insecure_channel(target, options=options)
-    if authority is not None:
-        options.append(("grpc.ssl_target_name_override", authority))
     credentials = grpc.ssl_channel_credentials(secrets.ca, secrets.key, secrets.cert)
     return grpc.aio.secure_channel(target, credentials, options=options)
 

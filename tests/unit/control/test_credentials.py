@@ -17,6 +17,7 @@ from tests.unit.control.pki import SERVER_NAME, Pair, Pki, replace_file, swap_vo
 from netfence.config import ControlPlane, Tls
 from netfence.control import credentials
 from netfence.control.credentials import MAX_TOKEN_BYTES, Credentials, Secrets, load
+from netfence.control.filewatch import FileWatch
 from netfence.errors import InvalidError
 
 NAMES = ("ca", "cert", "key", "token")
@@ -106,6 +107,7 @@ BAD: list[tuple[str, str, Callable[[Pki, Pair], bytes], str, str]] = [
     ("ca-garbled", "ca", lambda p, _o: garbled(p.ca), "tls.ca", "not a certificate in PEM"),
     ("ca-half-garbled", "ca", lambda p, _o: p.ca + garbled(p.ca), "tls.ca", "not a certificate in PEM"),
     ("ca-is-a-key", "ca", lambda _p, o: o.key, "tls.ca", "not a certificate in PEM"),
+    ("ca-trusted", "ca", lambda p, _o: p.ca.replace(b" CERT", b" TRUSTED CERT"), "tls.ca", "not a certificate in PEM"),
     ("ca-der", "ca", lambda p, _o: ssl.PEM_cert_to_DER_cert(p.ca.decode()), "tls.ca", "not a certificate in PEM"),
     ("cert-text", "cert", lambda _p, _o: b"hello\n", "tls.cert", "not a certificate in PEM"),
     ("cert-garbled", "cert", lambda _p, o: garbled(o.cert), "tls.cert", "not a certificate in PEM"),
@@ -271,6 +273,25 @@ def test_a_rotation_is_taken_whole(
     assert "credentials_refused" not in events(told)
 
 
+def test_files_replaced_shortly_after_one_another_are_one_rotation(
+    place: Place, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "QUIET_S", 1.0)
+
+    async def scenario(watched: Watched) -> None:
+        for name in ("token", "other"):  # `other` is nothing to the credentials: what they see of the token, they saw
+            watch = FileWatch(place[name])
+            replace_file(place[name], b"second")
+            await asyncio.wait_for(watch.changed(), SOON_S)
+            watch.close()
+        both = pki.ca + Pki().ca
+        replace_file(place["ca"], both)
+        assert (await watched.new()).token == "second"
+        assert watched.used.ca == both
+
+    watching(place.settings, scenario)
+
+
 def test_a_kubernetes_volume(tmp_path: Path, pki: Pki, one: Pair, two: Pair) -> None:
     directory = tmp_path / "volume"
     directory.mkdir()
@@ -342,8 +363,8 @@ def test_garbage_is_told_once_and_changes_nothing(place: Place) -> None:
         replace_file(place["ca"], place.first["ca"])
         replace_file(place["token"], b"second")
         assert (await watched.new()).token == "second"
-        replace_file(place["ca"], b"garbage")
-        await until(told, "credentials_refused", 3)
+        renamed(place, {"ca": b"other garbage", "token": place.first["token"]})
+        await until(told, "credentials_refused", 3)  # the same content as the second time, but news again
 
     load_ = Credentials._load
 
@@ -382,7 +403,9 @@ def test_the_same_content_again_is_no_change(place: Place) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(watched.credentials.changed(watched.used), 1)
 
-    watching(place.settings, scenario)
+    with capture_logs() as told:
+        watching(place.settings, scenario)
+    assert events(told) == []
 
 
 def test_who_asks_late_is_told_at_once(place: Place) -> None:
