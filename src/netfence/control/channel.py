@@ -22,7 +22,9 @@ are for a peer whose kernel still answers but whose process does not."""
 
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 """Wait for the answer to a ping. gRPC also makes it TCP_USER_TIMEOUT of the socket: data, such as a heartbeat, that
-stays unacknowledged so long ends the connection. So a dead peer is found within a heartbeat interval and this."""
+stays unacknowledged so long ends the connection. So a dead peer is found within a heartbeat interval and this.
+Measured on a link that drops everything: 20.5 s with data in flight, 330.5 s without; with neither this nor pings,
+nothing is noticed in 120 s."""
 
 CONNECT_TIMEOUT_MS: Final = 5_000
 """TCP and TLS handshake with one address: room for two lost SYNs (sent again after 1 s and 3 s), and the next address
