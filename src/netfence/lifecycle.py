@@ -452,6 +452,7 @@ def _row(
         boot_id=boot_id,
         attached_at=time.time(),
         metadata=dict(spec.metadata),
+        acked=False,
     )
 
 

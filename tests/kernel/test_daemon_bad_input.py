@@ -165,11 +165,15 @@ def test_garbage_on_the_dns_port(daemon: Fenced, workload: Workload, agent: Agen
         ({"dns": {"listen_addr": "0.0.0.0"}}, "dns.listen_addr"),
         ({"log_level": "loud"}, "log_level"),
         ({"policy_file": "/nowhere/policy.yaml"}, "/nowhere/policy.yaml: read policy file: No such file or directory"),
-        ({"control_plane": {"url": "127.0.0.1:1"}}, "remote control planes are not supported by netfenced"),
+        ({"control_plane": {"url": "192.0.2.1:1"}}, "plaintext to another host is not allowed"),
+        (
+            {"control_plane": {"url": "192.0.2.1:1", "tls": {"ca": "/nowhere/ca.pem"}}},
+            "control_plane.tls.ca: /nowhere/ca.pem: no such file or directory; create it",
+        ),
         ({"socket": "/nowhere/netfence.sock"}, "create the directory /nowhere"),
         ({"data_dir": "/proc/nowhere"}, "open data_dir /proc/nowhere"),
     ],
-    ids=["key", "wildcard", "level", "policy-file", "control-plane", "socket", "data-dir"],
+    ids=["key", "wildcard", "level", "policy-file", "plaintext", "ca", "socket", "data-dir"],
 )
 def test_configuration(bench: Fenced, changes: dict[str, Any], says: str) -> None:
     assert says in refuses_to_start(bench, **changes)

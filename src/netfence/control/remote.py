@@ -179,15 +179,14 @@ class RemoteControl:
         views = {view.id: view for view in host.attachments()}
         for attachment_id in views:
             self._commands.attached(attachment_id)
-        for attachment_id in [view.id for view in self._commands.decided()] + list(self._unwaited):
+        decided = {view.id for view in self._commands.decided()}
+        for attachment_id in decided | self._unwaited:
             if (view := host.view(attachment_id)) is not None:
                 views[attachment_id] = view
-        for attachment_id in list(self._unwaited):
-            if attachment_id not in views or views[attachment_id].acked:
-                self._unwaited.discard(attachment_id)
-        waiting = set(self._commands.awaiting())
-        self._outbox.begin(view for view in views.values() if not view.acked)
-        acked = [view for view in views.values() if view.acked and view.id not in waiting]
+        acked = [view for view in views.values() if view.acked or view.id in decided]
+        unacked = [view for view in views.values() if not (view.acked or view.id in decided)]
+        self._unwaited.intersection_update(view.id for view in unacked)
+        self._outbox.begin(unacked)
         return sync_event(self._daemon_id, socket.gethostname(), self._metadata, acked)
 
     def synced(self) -> None:
