@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -64,7 +65,7 @@ class Seen:
     asked: int = 0  # QueryDns calls that waited for an answer at that moment, this one included
     metadata: Mapping[str, str | bytes] = field(default_factory=dict)
     identity: Sequence[str] = ()  # common names of the client's certificate
-    how: str = ""  # a stream was closed: "lost" (the daemon's doing) or "ended CODE" (ours)
+    how: str = ""  # a stream was closed: "lost" (the daemon's doing), "ended CODE" (ours) or "killed"
 
     @property
     def name(self) -> str:
@@ -147,6 +148,7 @@ class ControlPlaneProcess:
         self._reader.join()  # it has read to the end
         self._link.close()
         self._process = self._link = self._reader = None
+        self.seen += [Seen("closed", time.monotonic(), stream, how="killed") for stream in sorted(self._open())]
 
     def restart(self) -> None:
         """Kill it and start it on the same address."""
@@ -251,6 +253,12 @@ class ControlPlaneProcess:
         """Send commands, or raw bytes, on a stream (default: the open one); return when the first was written."""
         number = self.stream if stream is None else stream
         return float(self._ask("send", stream=number, commands=[raw(command) for command in commands]))
+
+    def flood(self, *commands: Command | bytes) -> None:
+        """Send on the open stream as fast as the daemon takes it, and do not wait."""
+        assert self._link is not None
+        packed = [raw(command) for command in commands]
+        self._link.send((next(self._numbers), "send", {"stream": self.stream, "commands": packed}))
 
     def end(self, code: str = "OK", details: str = "", stream: int | None = None) -> None:
         """End a stream (default: the open one) with a status."""
