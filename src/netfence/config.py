@@ -239,7 +239,7 @@ def _conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _is_local(url: str) -> bool:
     """Tell whether a control plane's address stays on this host."""
-    if url.startswith("unix:"):
+    if url.startswith("unix:/"):  # without the slash it is a host of that name
         return True
     host = url.rpartition(":")[0].strip("[]")
     try:

@@ -290,6 +290,12 @@ log_level: loud
             "not allowed; set control_plane.tls.ca, or control_plane.insecure to true",
             id="plaintext",
         ),
+        pytest.param(
+            {"NETFENCE_CONTROL_PLANE__URL": "unix:443"},
+            "environment NETFENCE_CONTROL_PLANE__URL: control_plane.url: 'unix:443': plaintext to another host is "
+            "not allowed; set control_plane.tls.ca, or control_plane.insecure to true",
+            id="a-host-called-unix",
+        ),
     ],
 )
 def test_values_that_do_not_go_together(tmp_path: Path, environ: dict[str, str], fault: str) -> None:
