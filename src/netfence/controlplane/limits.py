@@ -1,0 +1,66 @@
+"""Bounds of a control plane, each with its reason; the user may set them, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds and times of a `ControlPlane`: ``ControlPlane(policy_for, limits=Limits(policy_timeout_s=2))``."""
+
+    policy_timeout_s: float = 10.0
+    """How long `policy_for` may take; then it counts as failed. A daemon waits 5 s for the policy of a new attach."""
+    decisions: int = 64
+    """Calls of `policy_for` under way at once: what a data base behind it will bear."""
+    decisions_per_daemon: int = 8
+    """Of those for one daemon: one whose calls hang must leave room for the others."""
+    in_flight_per_daemon: int = 32
+    """Commands sent to one daemon whose results are awaited: enough to hide the way there and back."""
+    result_timeout_s: float = 60.0
+    """How long a daemon may give no result, or read nothing, while some is awaited; then its stream is ended, and the
+    next one settles what is in force. Applying a million rules takes a daemon some seconds."""
+    max_attachments: int = 4096
+    """Attachments of one daemon: twice what a daemon of ours can have."""
+    max_daemons: int = 20_000
+    """Daemons remembered, the connected ones included; one more is turned away."""
+    forget_after_s: float = 3600.0
+    """How long a daemon that is away is shown and its refused policies remembered."""
+    max_message_bytes: int = 16 << 20
+    """One message of a daemon: a SyncRequest of 4096 attachments with a kilobyte of metadata each is 5 MB."""
+    events_per_s: float = 1000.0
+    """Events of one daemon that are read in the long run; one that sends more is read later, not disconnected."""
+    max_queries_per_connection: int = 512
+    """Calls at once on one connection: its stream and its DNS queries, of which a daemon of ours has at most 256."""
+
+
+BURST_S: Final = 10.0
+"""Seconds of `events_per_s` that may come at once: a daemon of 2000 attachments gives 2000 results to an update."""
+
+FIRST_EVENT_S: Final = 10.0
+"""How long a stream may stay without its SyncRequest."""
+
+SWEEP_S: Final = 1.0
+"""How often stuck and forgotten daemons are looked for: times above are kept to this."""
+
+RETRY_FIRST_S: Final = 0.5
+"""Until `policy_for` is asked again after its first failure; a daemon waits 5 s for a new attach's policy."""
+
+RETRY_MOST_S: Final = 30.0
+"""Longest time between two such attempts."""
+
+ARRIVAL_S: Final = 0.5
+"""How long a DNS query for an unknown attachment waits for it: query and Subscribed come on streams of their own."""
+
+MAX_AWAITED_QUERIES: Final = 1000
+"""DNS queries that wait so at once; more are refused at once."""
+
+LARGE_BYTES: Final = 256 << 10
+"""From this size a message is large: sent to a thousand daemons at once its copies would fill the memory."""
+
+MAX_LARGE_WRITES: Final = 32
+"""Large messages on their way at once; the others wait for one of them to leave."""
+
+MAX_ID_BYTES: Final = 256
+"""Bytes of a daemon's or attachment's id in UTF-8: ours have 36."""
