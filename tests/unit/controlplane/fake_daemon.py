@@ -66,6 +66,8 @@ class FakeDaemon:
         self.versions: dict[str, str] = {}
         self.refuses: set[str] = set()
         self.answers = True
+        self.hashes = not old
+        self.hash_prefix = ""  # makes its hashes different from everybody's
         self.reads = asyncio.Event()
         self.reads.set()
         self.commands: list[Command] = []  # every command but SyncAck, in order, over all connections
@@ -133,8 +135,11 @@ class FakeDaemon:
             type=types_pb2.ATTACHMENT_TYPE_TC,
             metadata=self.metadata[attachment_id],
             policy_version="" if self.old else self.versions.get(attachment_id, ""),
-            policy_hash="" if self.old else policy.hash(),
+            policy_hash=self._hash(policy),
         )
+
+    def _hash(self, policy: Policy | None) -> str:
+        return "" if policy is None or not self.hashes else self.hash_prefix + policy.hash()
 
     async def send(self, event: Event) -> None:
         """Send an event; that the stream is gone is no error."""
@@ -189,13 +194,13 @@ class FakeDaemon:
                 command = await stream.read()
                 if command is grpc.aio.EOF:
                     break
-                await self._take(stream, command)
+                await self._take(command)
         except grpc.aio.AioRpcError:
             pass
         self.details = await stream.details()
         self.status = await stream.code()
 
-    async def _take(self, stream: Any, command: Command) -> None:
+    async def _take(self, command: Command) -> None:
         if command.WhichOneof("command") == "sync_ack":
             assert not command.id
             self.synced = True
@@ -203,17 +208,19 @@ class FakeDaemon:
         self.commands.append(command)
         errors = self._apply(command)
         if command.nonce and self.answers and not self.old:
-            policy = self.applied.get(command.id)
-            result = control_pb2.CommandResult(
-                nonce=command.nonce,
-                id=command.id,
-                version=self.versions.get(command.id, ""),
-                ok=not errors,
-                errors=errors,
-                policy_hash=policy.hash() if policy else "",
-            )
-            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-                await stream.write(Event(command_result=result))
+            await self.answer(command, errors)
+
+    async def answer(self, command: Command, errors: Sequence[str] = ()) -> None:
+        """Send the result of a command."""
+        result = control_pb2.CommandResult(
+            nonce=command.nonce,
+            id=command.id,
+            version=self.versions.get(command.id, ""),
+            ok=not errors,
+            errors=errors,
+            policy_hash=self._hash(self.applied.get(command.id)),
+        )
+        await self.send(Event(command_result=result))
 
     def _apply(self, command: Command) -> Sequence[str]:
         if command.id not in self.metadata:
