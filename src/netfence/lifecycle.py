@@ -39,7 +39,7 @@ from netfence.dns.server import DnsServer
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
-from netfence.errors import ExistsError, NotFoundError, PreconditionError
+from netfence.errors import ExistsError, InvalidError, NotFoundError, PreconditionError
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.modes import Mode
@@ -235,9 +235,13 @@ class Lifecycle:
         """Get the first policy and apply it."""
         attachment = live.attachment
         undo.push_async_callback(_undo, attachment.close, "refuse further commands")
-        first = await self.parts.control.subscribe(attachment.view())
-        # No suspension between the policy's decision and its place in the attachment's queue: see ControlPort.
-        await attachment.begin(first)
+        try:
+            first = await self.parts.control.subscribe(attachment.view())
+            # No suspension between the policy's decision and its place in the attachment's queue: see ControlPort.
+            await attachment.begin(first)
+        except InvalidError as error:
+            what = f"attach to {live.row.name}: the control plane's SubscribedAck is refused"
+            raise InvalidError([f"{what}: {error.errors[0]}", *error.errors[1:]]) from error
         while live.hook_lost:
             live.hook_lost = False
             await finish(attachment.while_open(lambda: self.put_back(live)), f"put back {live.row.name}")

@@ -16,10 +16,11 @@ from typing import Final
 import structlog
 
 from netfence.control.convert import command_of
+from netfence.control.events import fitting
 from netfence.control.inbox import Inbox
 from netfence.control.outbox import Outbox, Result
 from netfence.control.port import AttachmentView, ControlHost, FirstPolicy
-from netfence.errors import InvalidError, NetfenceError, NotFoundError
+from netfence.errors import InvalidError, NetfenceError, NotFoundError, UnavailableError
 from netfence.log import LogLimit
 from netfence.policy.commands import BulkUpdate, Command
 from netfence.policy.modes import Mode
@@ -90,12 +91,12 @@ class Commands:
             waiting.policy.cancel()
             waiting.settle(NotFoundError("the attach failed"))
 
-    def fail(self, attachment_ids: Sequence[str], error: NetfenceError) -> None:
+    def fail(self, attachment_ids: Sequence[str], why: str) -> None:
         """Let these attaches fail, unless they have their policy already."""
         for attachment_id in attachment_ids:
             waiting = self._waiting.get(attachment_id)
             if waiting is not None and not waiting.policy.done():
-                waiting.policy.set_exception(error)
+                waiting.policy.set_exception(UnavailableError(f"attach to {waiting.view.target}: {why}"))
 
     def awaiting(self) -> list[str]:
         """Return the ids of the attaches that have no policy yet."""
@@ -179,7 +180,7 @@ class Commands:
                 failure = waiting.failure
                 self._refuse(message, failure if isinstance(failure, NetfenceError) else NetfenceError(str(failure)))
         elif isinstance(command, NetfenceError):
-            waiting.policy.set_exception(InvalidError([f"SubscribedAck: {error}" for error in _errors(command)]))
+            waiting.policy.set_exception(command)
             await waiting.settled.wait()
             self._refuse(message, command)
 
@@ -224,7 +225,7 @@ class Commands:
         view = self._host.view(message.id) if self._host is not None else None
         version = message.version if ok else (view.policy_version if view is not None else "")
         policy_hash = view.policy_hash if view is not None else ""
-        self._outbox.result(Result(message.nonce, message.id, version, ok, errors, policy_hash))
+        self._outbox.result(Result(message.nonce, message.id, version, ok, fitting(errors), policy_hash))
 
 
 async def _converted(message: Message) -> Command | NetfenceError:

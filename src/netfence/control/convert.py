@@ -28,6 +28,7 @@ from netfence.policy.commands import (
     SetDnsMode,
     SetMode,
     apply,
+    refuse_too_many,
 )
 from netfence.policy.policy import EMPTY
 from netfence.v1 import control_pb2
@@ -38,8 +39,9 @@ _NANO: Final = 1_000_000_000
 def command_of(message: control_pb2.ControlCommand) -> Command:
     """Return the policy command that `message` carries; a SubscribedAck is a bulk update (wire.md behaviour 2).
 
-    Raises InvalidError listing every fault, those that `apply` would find included where there is one of the wire's
-    own; also for no command, an unknown one, and sync_ack, which is the stream's business and changes no policy.
+    Raises ExhaustedError for too many rules; InvalidError listing every fault, those that `apply` would find included
+    where there is one of the wire's own; also for no command, an unknown one, and sync_ack, which is the stream's
+    business and changes no policy.
     """
     faults: list[str] = []
     command = _command(message, faults)
@@ -83,6 +85,8 @@ def _command(message: control_pb2.ControlCommand, faults: list[str]) -> Command:
 
 
 def _bulk(message: control_pb2.BulkUpdate | control_pb2.SubscribedAck, faults: list[str]) -> BulkUpdate:
+    cidrs = len(message.allow_cidrs) + len(message.deny_cidrs)
+    refuse_too_many(cidrs, len(message.dns.allow_domains) + len(message.dns.deny_domains))
     return BulkUpdate(
         mode=message.mode,
         allow_cidrs=_cidrs(message.allow_cidrs, "allow_cidrs", faults),

@@ -48,7 +48,7 @@ def event_message(event: Event) -> control_pb2.DaemonEvent:
             return control_pb2.DaemonEvent(unsubscribed=gone)
         case Result(nonce, attachment_id, version, ok, errors, policy_hash):
             result = control_pb2.CommandResult(
-                nonce=nonce, id=attachment_id, version=version, ok=ok, errors=fitting(errors), policy_hash=policy_hash
+                nonce=nonce, id=attachment_id, version=version, ok=ok, errors=errors, policy_hash=policy_hash
             )
             return control_pb2.DaemonEvent(command_result=result)
         case Heartbeat(stats):
@@ -56,8 +56,8 @@ def event_message(event: Event) -> control_pb2.DaemonEvent:
     raise TypeError(f"not an event: {event!r}")
 
 
-def fitting(errors: Iterable[str]) -> list[str]:
-    """Return the errors as far as they fit `MAX_ERROR_BYTES`, then how many more there are."""
+def fitting(errors: Iterable[str]) -> tuple[str, ...]:
+    """Return the errors, fit for a message, as far as `MAX_ERROR_BYTES` go, then how many more there are."""
     kept: list[str] = []
     room = MAX_ERROR_BYTES
     left = 0
@@ -67,7 +67,7 @@ def fitting(errors: Iterable[str]) -> list[str]:
             left += 1
         else:
             kept.append(_text(error))
-    return [*kept, f"and {left} more faults"] if left else kept
+    return (*kept, f"and {left} more faults") if left else tuple(kept)
 
 
 def _text(text: str) -> str:

@@ -17,6 +17,9 @@ import structlog
 MAX_TOGETHER: Final = 256
 """Commands applied as one: their results wait for the last of them."""
 
+MAX_TOGETHER_BYTES: Final = 1 << 20
+"""Bytes of commands applied as one, but for a larger first one: what their refusals may say is bounded with them."""
+
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
@@ -64,13 +67,17 @@ class Inbox(Generic[T]):
     async def _serve(self, attachment_id: str) -> None:
         queue = self._queues[attachment_id]
         while queue:
-            taken = [queue.popleft() for _ in range(min(len(queue), MAX_TOGETHER))]
+            taken = [queue.popleft()]
+            size = taken[0][1]
+            while queue and len(taken) < MAX_TOGETHER and size + queue[0][1] <= MAX_TOGETHER_BYTES:
+                taken.append(queue.popleft())
+                size += taken[-1][1]
             try:
                 await self._work(attachment_id, [item for item, _ in taken])
             except Exception as error:  # a defect; the next command may fare better
                 log.exception("commands_failed", attachment=attachment_id, error=str(error), count=len(taken))
             async with self._room:
-                self._bytes -= sum(size for _, size in taken)
+                self._bytes -= size
                 if not queue:
                     del self._queues[attachment_id]
                 self._room.notify_all()

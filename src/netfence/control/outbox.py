@@ -19,6 +19,9 @@ from netfence.control.port import AttachmentView, StatsView, UnsubscribeReason
 MAX_RESULTS: Final = 4096
 """Results that wait for a peer to read them before its commands are left unread: twice the attachments there can be."""
 
+MAX_RESULT_BYTES: Final = 16 << 20
+"""Bytes of results that wait, for the same: a result may have a mebibyte of faults."""
+
 UNSURE_S: Final = 60.0
 """How long after it was written an `Unsubscribed` may still be lost with its stream: unacknowledged data ends a TCP
 connection within keepalive's time-out (20 s), and heartbeats see to it that there is some. Told twice does no harm."""
@@ -51,6 +54,11 @@ class Result:
     errors: tuple[str, ...] = ()
     policy_hash: str = ""
 
+    @property
+    def size(self) -> int:
+        """Return about how many bytes it takes."""
+        return 200 + sum(len(error) + 60 for error in self.errors)
+
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
@@ -72,7 +80,7 @@ class Outbox:
         self._heartbeat: Heartbeat | None = None
         self._writing: Event | None = None
         self._unsure: deque[tuple[float, Unsubscribed]] = deque()
-        self._results = 0
+        self._results = self._result_bytes = 0
         self._number = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -95,9 +103,7 @@ class Outbox:
     def result(self, result: Result) -> None:
         """Tell what became of a command."""
         self._number += 1
-        self._results += 1
-        if self._results >= MAX_RESULTS:
-            self._room.clear()
+        self._count_result(1, result.size)
         self._put(("result", self._number), result)
 
     def heartbeat(self, heartbeat: Heartbeat) -> None:
@@ -111,7 +117,7 @@ class Outbox:
         return ("subscribed", attachment_id) in self._waiting
 
     async def room(self) -> None:
-        """Wait until fewer than `MAX_RESULTS` results wait."""
+        """Wait until fewer than `MAX_RESULTS` results and `MAX_RESULT_BYTES` wait."""
         await self._room.wait()
 
     async def take(self) -> Event:
@@ -123,7 +129,7 @@ class Outbox:
             key = next(iter(self._waiting))
             event = self._waiting.pop(key)
             if isinstance(event, Result):
-                self._count_result()
+                self._count_result(-1, -event.size)
         else:
             assert self._heartbeat is not None  # noqa: S101 - for mypy: the loop above
             event, self._heartbeat = self._heartbeat, None
@@ -172,8 +178,10 @@ class Outbox:
         rest = {key: event for key, event in self._waiting.items() if key[0] != "result"}
         told_again: dict[Key, Event] = {("unsubscribed", event.id): event for event in unsure}
         self._waiting = {**told_again, **rest, **{("result", result.id): result for result in results.values()}}
-        self._results = len(results)
+        self._results = self._result_bytes = 0
         self._room.set()
+        for result in results.values():
+            self._count_result(1, result.size)
         if self._waiting:
             self._news.set()
 
@@ -182,7 +190,10 @@ class Outbox:
         self._news.set()
         self._empty.clear()
 
-    def _count_result(self) -> None:
-        self._results -= 1
-        if self._results < MAX_RESULTS:
+    def _count_result(self, more: int, size: int) -> None:
+        self._results += more
+        self._result_bytes += size
+        if self._results < MAX_RESULTS and self._result_bytes < MAX_RESULT_BYTES:
             self._room.set()
+        else:
+            self._room.clear()

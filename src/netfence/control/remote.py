@@ -263,7 +263,7 @@ class RemoteControl:
             self._outbox.lost()
             told = [one for one in self._commands.awaiting() if not self._outbox.waits(one)]
             why = f"the stream to the control plane at {address} ended before its SubscribedAck: {self._why}"
-            self._commands.fail(told, UnavailableError(f"attach: {why}; try again"))
+            self._commands.fail(told, f"{why}; try again")
 
     def _note_end(self, address: str, stream: Stream, error: EndedError) -> None:
         self._why = str(error)

@@ -7,14 +7,14 @@ numbers, text); everything is checked here and nowhere else. `now` is seconds of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, Self, TypeAlias, TypeVar
 
 from netfence.errors import ExhaustedError, InvalidError
 from netfence.policy.cidr import NEVER, CidrTable, Key, parse_cidr
 from netfence.policy.domain import DomainRule, DomainTable, kind_of, parse_domain
-from netfence.policy.limits import MAX_CIDR_RULES, MAX_DOMAIN_RULES, MAX_TTL_S, MAX_UPSTREAMS
+from netfence.policy.limits import MAX_CIDR_RULES, MAX_DOMAIN_RULES, MAX_FAULTS, MAX_TTL_S, MAX_UPSTREAMS
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import DnsPolicy, Policy
 from netfence.policy.upstream import canonical_upstream
@@ -223,20 +223,39 @@ def _rule(domain: str, include_subdomains: bool, *, allow: bool) -> DomainRule:
 
 def _bulk(update: BulkUpdate, now: float) -> Policy:
     """Make the policy of a bulk update; InvalidError with every fault, ExhaustedError on too many rules."""
-    faults: list[str] = []
-    _refuse_too_many(update)
+    faults = _Faults()
+    names = len(update.dns.allow) + len(update.dns.deny) if update.dns else 0
+    refuse_too_many(len(update.allow_cidrs) + len(update.deny_cidrs), names)
     mode = _checked_mode(Mode, update.mode, "mode", faults)
     cidrs = _cidrs(update, faults, now)
     dns = DnsPolicy() if update.dns is None else _dns(update.dns, faults)
     if faults or mode is None or dns is None:
-        raise InvalidError(faults)
+        raise InvalidError(faults.told())
     return Policy(mode=mode, audit=update.audit, cidrs=cidrs, dns=dns)
 
 
-def _refuse_too_many(update: BulkUpdate) -> None:
-    """Refuse too long lists before anything is read of them."""
-    cidrs = len(update.allow_cidrs) + len(update.deny_cidrs)
-    domains = len(update.dns.allow) + len(update.dns.deny) if update.dns else 0
+class _Faults(list[str]):
+    """The first `MAX_FAULTS` faults, and how many more there were."""
+
+    more = 0
+
+    def append(self, fault: str) -> None:
+        if len(self) < MAX_FAULTS:
+            super().append(fault)
+        else:
+            self.more += 1
+
+    def __iadd__(self, faults: Iterable[str]) -> Self:  # type: ignore[misc,override]  # list's own takes any
+        for fault in faults:
+            self.append(fault)
+        return self
+
+    def told(self) -> list[str]:
+        return [*self, f"and {self.more} more faults"] if self.more else self
+
+
+def refuse_too_many(cidrs: int, domains: int) -> None:
+    """Raise ExhaustedError for lists that are too long, before anything is read of them."""
     faults = [
         f"{count} {what}, and an attachment may have {limit}"
         for what, count, limit in (("CIDRs", cidrs, MAX_CIDR_RULES), ("domains", domains, MAX_DOMAIN_RULES))

@@ -42,6 +42,10 @@ MAX_HOLDS: Final = 65_536
 """Holds (name, address) of one attachment: four for each lease of the default `dns.max_leases`. Bounds what a workload
 that asks for ever new names can make us remember."""
 
+MAX_FAULTS: Final = 10_000
+"""Faults of one command that are written out; beyond them they are counted. A million bad entries would be a hundred
+megabytes about a mistake that the first ten tell."""
+
 MAX_ERROR_TEXT: Final = 80
 """Characters of a bad value that an error message repeats: a megabyte of garbage must not become a log line."""
 
