@@ -31,8 +31,9 @@ class Limits:
     """One message of a daemon: a SyncRequest of 4096 attachments with a kilobyte of metadata each is 5 MB."""
     events_per_s: float = 1000.0
     """Events of one daemon that are read in the long run; one that sends more is read later, not disconnected."""
-    max_queries_per_connection: int = 512
-    """Calls at once on one connection: its stream and its DNS queries, of which a daemon of ours has at most 256."""
+    max_calls_per_connection: int = 2048
+    """Calls at once on one connection: its stream and its DNS queries, of which a daemon of ours has at most 1024. At
+    the very bound gRPC refuses some instead of letting them wait."""
 
 
 BURST_S: Final = 10.0

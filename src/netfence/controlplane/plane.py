@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TypeAlias
 
 import structlog
+import uvloop
 
 from netfence.controlplane.book import Book
 from netfence.controlplane.deciding import Deciders, PolicyFor
@@ -121,7 +122,7 @@ class ControlPlane:
             async with self.serving(address, tls=tls, tokens=tokens, insecure=insecure):
                 await stopped.wait()
 
-        asyncio.run(serve())
+        uvloop.run(serve())
 
     @property
     def address(self) -> str:

@@ -252,7 +252,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_S * 1000),
-        ("grpc.max_concurrent_streams", limits.max_queries_per_connection),
+        ("grpc.max_concurrent_streams", limits.max_calls_per_connection),
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", -1),  # a policy of a million rules is 30 MB; daemons have their own bound
     ]

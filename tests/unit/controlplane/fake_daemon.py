@@ -29,14 +29,15 @@ Command = control_pb2.ControlCommand
 Event = control_pb2.DaemonEvent
 
 
-async def until(condition: Callable[[], Any], what: str = "") -> None:
+async def until(condition: Callable[[], Any], what: str | Callable[[], str] = "") -> None:
     """Wait until the condition holds; it changes only by what happens on this loop."""
     try:
         async with asyncio.timeout(DEADLINE_S):
             while not condition():  # noqa: ASYNC110 - of anything, the kit's insides included
                 await asyncio.sleep(0.002)
     except TimeoutError:
-        raise AssertionError(f"waited {DEADLINE_S:g} s in vain: {what or condition}") from None
+        said = what if isinstance(what, str) else what()
+        raise AssertionError(f"waited {DEADLINE_S:g} s in vain: {said or condition}") from None
 
 
 class FakeDaemon:
@@ -80,6 +81,7 @@ class FakeDaemon:
         self._channel: Any = None
         self.stream: Any = None
         self._reader: asyncio.Task[None] | None = None
+        self._sending = asyncio.Lock()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -143,8 +145,9 @@ class FakeDaemon:
 
     async def send(self, event: Event) -> None:
         """Send an event; that the stream is gone is no error."""
-        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError, asyncio.CancelledError):
-            await self.stream.write(event)
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            async with self._sending:  # gRPC takes one write at a time
+                await self.stream.write(event)
 
     async def attach(self, attachment_id: str, metadata: Mapping[str, str] | None = None) -> None:
         """Announce a new attachment."""
@@ -185,7 +188,7 @@ class FakeDaemon:
 
     async def until(self, condition: Callable[[], Any], what: str = "") -> None:
         """Wait for a condition, with what it has heard in the message when it does not come."""
-        await until(condition, f"{what}; heard {self.kinds()}, status {self.status} {self.details}")
+        await until(condition, lambda: f"{what}; heard {self.kinds()}, status {self.status} {self.details}")
 
     async def _read(self, stream: Any) -> None:
         try:
