@@ -36,7 +36,8 @@ from harness.topology import Topology, Workload
 from netfence.api.client import RefusedError
 from netfence.v1 import control_pb2, daemon_pb2, daemon_pb2_grpc
 
-ACK_S = 1.0
+ACK_S = 1.5
+SLACK_S = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,7 @@ def fails(stage: Stage, workload: Workload) -> tuple[str, str, control_pb2.Subsc
     """Attach in vain; give status code, message and what the control plane had been told."""
     since = len(stage.plane.seen)
     code, said = refused_attach(stage.daemon, workload.host_if)
+    stage.plane.settle()
     (seen,) = stage.plane.events("subscribed", since=since)
     return code, said, seen.body
 
@@ -112,7 +114,7 @@ def test_no_ack_in_time(stage: Stage, workload: Workload) -> None:
     stage.plane.on_subscribed()
     begun = time.monotonic()
     code, said, subscribed = fails(stage, workload)
-    assert ACK_S <= time.monotonic() - begun < ACK_S + 1
+    assert ACK_S <= time.monotonic() - begun < ACK_S + SLACK_S
     assert code == "DEADLINE_EXCEEDED"
     assert "control_plane.subscribe_ack_timeout" in said
     assert unsubscribed(stage, subscribed.id).error
@@ -198,7 +200,7 @@ def test_no_control_plane_at_all(stage: Stage, workload: Workload) -> None:
     begun = time.monotonic()
     code, said = refused_attach(stage.daemon, workload.host_if)
     assert code == "UNAVAILABLE"
-    assert ACK_S <= time.monotonic() - begun < ACK_S + 1
+    assert ACK_S <= time.monotonic() - begun < ACK_S + SLACK_S
     assert workload.host_if in said
     assert stage.plane.address in said
     assert stage.daemon.link_pins() == []
@@ -243,5 +245,6 @@ def test_a_target_that_goes_away_meanwhile(stage: Stage, topology: Topology) -> 
         with pytest.raises(RefusedError, match=workload.host_if):
             future.result()
     stage.plane.wait_event("unsubscribed", id=subscribed.id)
+    stage.plane.settle()
     assert [seen.name for seen in stage.plane.events(since=since)] == ["subscribed", "unsubscribed"]
     assert (stage.daemon.attachments(), stage.daemon.link_pins()) == ([], [])

@@ -36,7 +36,7 @@ from netfence.policy.modes import Reason
 FAMILIES = {"ipv4": (NET4, ONLY4, ONLY6), "ipv6": (NET6, ONLY6, ONLY4)}
 families = pytest.mark.parametrize(("cidr", "it", "other"), FAMILIES.values(), ids=FAMILIES)
 SUBDOMAIN = "a.b.good.test"
-TTL_S = 0.5
+TTL_S = 0.8
 TICK_S = 0.02  # two of the coarsest kernel's clock
 SLACK_S = 0.5  # of a busy machine
 

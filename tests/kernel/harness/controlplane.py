@@ -8,7 +8,8 @@
             assert plane.wait_event("command_result", nonce="1").ok
 
 Streams are numbered from 0 in the order they were opened, over restarts too. Times are CLOCK_MONOTONIC seconds, taken
-in the control plane's process. Everything seen stays in `seen`, whatever becomes of the process.
+in the control plane's process. Everything seen stays in `seen`, whatever becomes of the process; a moment after it was
+seen, so wait for it, or `settle` before you say that something has not come.
 """
 
 from __future__ import annotations
@@ -150,6 +151,11 @@ class ControlPlaneProcess:
         self._process = self._link = self._reader = None
         self.seen += [Seen("closed", time.monotonic(), stream, how="killed") for stream in sorted(self._open())]
 
+    @property
+    def running(self) -> bool:
+        """Tell whether there is a process."""
+        return self._process is not None
+
     def restart(self) -> None:
         """Kill it and start it on the same address."""
         self.kill()
@@ -208,7 +214,7 @@ class ControlPlaneProcess:
 
     def _rule(self, **rules: Any) -> None:
         self._rules.update(rules)
-        if self._process is not None:
+        if self.running:
             self._ask("rules", rules=self._rules)
 
     def on_open(self, *commands: Command) -> None:
@@ -275,6 +281,10 @@ class ControlPlaneProcess:
     def release(self) -> None:
         """Answer the questions that hang, by what `on_query` says now."""
         self._ask("release")
+
+    def settle(self) -> None:
+        """Wait until everything that the process has seen until now is in `seen`: what is not there has not come."""
+        self._ask("settle")
 
     # -- what it saw ---------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,9 @@ class Plane:
         """Stop or go on reading what daemons send; one message that was waited for may still come."""
         self._reading.set() if reading else self._reading.clear()
 
+    async def settle(self) -> None:
+        """Do nothing: what was seen before has been reported before."""
+
     async def release(self) -> None:
         """Answer the questions that hang, by the rules of now."""
         released, self._released = self._released, asyncio.Event()
