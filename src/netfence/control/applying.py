@@ -67,7 +67,7 @@ class Commands:
 
     def __init__(self, outbox: Outbox, max_bytes: int) -> None:
         self._outbox = outbox
-        self._inbox: Inbox[Message] = Inbox(self._work, max_bytes)
+        self._inbox: Inbox[bytes] = Inbox(self._work, max_bytes)
         self._waiting: dict[str, Waiting] = {}
         self._host: ControlHost | None = None
         self._unknown_limit, self._refused_limit = LogLimit(), LogLimit()
@@ -119,10 +119,11 @@ class Commands:
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    async def take(self, message: Message, size: int) -> None:
-        """Queue a command of `size` bytes; waits while too much is queued."""
+    async def take(self, message: Message, data: bytes) -> None:
+        """Queue a command that came as `data`; waits while too much is queued."""
         if message.id in self._waiting or (self._host is not None and self._host.view(message.id) is not None):
-            await self._inbox.put(message.id, message, size)
+            # As bytes: a message of a hundred thousand entries takes many times as much.
+            await self._inbox.put(message.id, data, len(data))
         else:
             self._unknown(message)
 
@@ -134,7 +135,12 @@ class Commands:
         """Stop applying."""
         await self._inbox.close()
 
-    async def _work(self, attachment_id: str, messages: Sequence[Message]) -> None:
+    async def _work(self, attachment_id: str, waiting: Sequence[bytes]) -> None:
+        """Do what the inbox hands over; not before there is room for what will be said about it."""
+        await self._outbox.room()
+        await self._apply(attachment_id, [Message.FromString(data) for data in waiting])
+
+    async def _apply(self, attachment_id: str, messages: Sequence[Message]) -> None:
         ready: list[tuple[Message, Command]] = []
         for message in messages:
             waiting = self._waiting.get(attachment_id)
@@ -167,7 +173,7 @@ class Commands:
         kind = message.WhichOneof("command")
         if waiting.policy.done():  # a second one, on its heels
             await waiting.settled.wait()
-            await self._work(message.id, [message])
+            await self._apply(message.id, [message])
         elif kind != "subscribed_ack":
             what = f"{kind or 'command'}: the attachment waits for its SubscribedAck; send that first"
             self._refuse(message, command if isinstance(command, NetfenceError) else InvalidError(what))

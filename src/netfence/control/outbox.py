@@ -1,8 +1,8 @@
 """What waits to be told to the control plane: state events, never dropped, and the newest heartbeat.
 
 Owns the order and what a lost stream means for each kind; it knows no gRPC. Bounded: an attachment has at most one
-`Subscribed`, one `Unsubscribed` and, over a lost stream, one `Result` here; `full` tells when a peer that does not read
-has so many results waiting that no more of its commands should be taken.
+`Subscribed`, one `Unsubscribed` and, without a stream, one `Result` here; with one, `room` holds up the work that makes
+results while the peer does not read them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ MAX_RESULTS: Final = 4096
 
 MAX_RESULT_BYTES: Final = 16 << 20
 """Bytes of results that wait, for the same: a result may have a mebibyte of faults."""
+
+MAX_LATE_ERRORS: Final = 20
+"""Faults of a result that waits for another stream: there may be one for every attachment."""
 
 UNSURE_S: Final = 60.0
 """How long after it was written an `Unsubscribed` may still be lost with its stream: unacknowledged data ends a TCP
@@ -59,6 +62,13 @@ class Result:
         """Return about how many bytes it takes."""
         return 200 + sum(len(error) + 60 for error in self.errors)
 
+    def late(self) -> Result:
+        """Return what is told of it on another stream than its command's: without the nonce, and not every fault."""
+        more = len(self.errors) - MAX_LATE_ERRORS
+        if more <= 0:
+            return replace(self, nonce="")
+        return replace(self, nonce="", errors=(*self.errors[:MAX_LATE_ERRORS], f"and {more} more faults"))
+
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
@@ -80,6 +90,7 @@ class Outbox:
         self._heartbeat: Heartbeat | None = None
         self._writing: Event | None = None
         self._unsure: deque[tuple[float, Unsubscribed]] = deque()
+        self._open = False  # a stream stands
         self._results = self._result_bytes = 0
         self._number = 0
         self._news = asyncio.Event()
@@ -102,6 +113,10 @@ class Outbox:
 
     def result(self, result: Result) -> None:
         """Tell what became of a command."""
+        if not self._open:
+            self._waiting.pop(("result", result.id), None)
+            self._put(("result", result.id), result.late())
+            return
         self._number += 1
         self._count_result(1, result.size)
         self._put(("result", self._number), result)
@@ -128,7 +143,7 @@ class Outbox:
         if self._waiting:
             key = next(iter(self._waiting))
             event = self._waiting.pop(key)
-            if isinstance(event, Result):
+            if isinstance(event, Result) and isinstance(key[1], int):
                 self._count_result(-1, -event.size)
         else:
             assert self._heartbeat is not None  # noqa: S101 - for mypy: the loop above
@@ -156,6 +171,7 @@ class Outbox:
 
         Only those whose attach did not wait are meant: where it waited, it fails with its stream.
         """
+        self._open = True
         for view in unacked:
             self.subscribed(view)
 
@@ -171,17 +187,17 @@ class Outbox:
         self._unsure.clear()
         if isinstance(writing, Unsubscribed):
             unsure.append(writing)
-        results: dict[str, Result] = {}
+        results: dict[Key, Event] = {}
         for event in (writing, *self._waiting.values()):
             if isinstance(event, Result):
-                results[event.id] = replace(event, nonce="")
+                results.pop(("result", event.id), None)
+                results["result", event.id] = event.late()
         rest = {key: event for key, event in self._waiting.items() if key[0] != "result"}
         told_again: dict[Key, Event] = {("unsubscribed", event.id): event for event in unsure}
-        self._waiting = {**told_again, **rest, **{("result", result.id): result for result in results.values()}}
+        self._waiting = {**told_again, **rest, **results}
+        self._open = False
         self._results = self._result_bytes = 0
         self._room.set()
-        for result in results.values():
-            self._count_result(1, result.size)
         if self._waiting:
             self._news.set()
 

@@ -196,9 +196,9 @@ class RemoteControl:
         self._met.set()
         log.info("control_plane_connected", address=self._address)
 
-    async def take(self, command: control_pb2.ControlCommand, size: int) -> None:
+    async def take(self, command: control_pb2.ControlCommand, data: bytes) -> None:
         """Take a command."""
-        await self._commands.take(command, size)
+        await self._commands.take(command, data)
 
     # -- connections --------------------------------------------------------------------------------------------------
 

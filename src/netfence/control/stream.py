@@ -50,8 +50,8 @@ class StreamOwner(Protocol):
         """Note that the control plane has acknowledged the SyncRequest."""
         ...
 
-    async def take(self, command: control_pb2.ControlCommand, size: int) -> None:
-        """Take a command of `size` bytes; may wait while there is no room for it."""
+    async def take(self, command: control_pb2.ControlCommand, data: bytes) -> None:
+        """Take a command that came as `data`; may wait while there is no room for it."""
         ...
 
 
@@ -146,8 +146,8 @@ class Stream:
             if command.WhichOneof("command") == "sync_ack":
                 self._note_sync()
             else:
-                await self._outbox.room()
-                await self._owner.take(command, len(data))
+                await self._outbox.room()  # an unknown attachment is answered at once
+                await self._owner.take(command, data)
 
     def _note_sync(self) -> None:
         if self.synced:
