@@ -768,3 +768,347 @@ def test_nobody_takes_the_share_of_another() -> None:
         assert fill(late) == 50
 
     on_bench(work)
+
+
+# -- commands that wait together ---------------------------------------------------------------------------------------
+
+
+def test_commands_that_wait_together_cost_one_switch_and_one_write() -> None:
+    async def work(bench: Bench) -> None:
+        commands = [(AllowCidr(f"10.{number}.0.0/16"), f"v{number}") for number in range(100)]
+        with capture_logs() as logs:
+            assert await bench.one.apply_all(commands) == [None] * 100
+        assert bench.kernel.calls == ["apply", "save"]
+        assert len(bench.one.policy.cidrs) == 100
+        assert bench.store.row is not None
+        assert bench.store.row.policy_version == bench.one.row.policy_version == "v99"
+        assert bench.one.view().policy_hash == bench.one.policy.hash()
+        assert [entry["version"] for entry in logs] == [f"v{number}" for number in range(100)]
+        bench.check()
+
+    on_bench(work)
+
+
+def test_a_bad_command_among_good_ones_is_refused_alone() -> None:
+    async def work(bench: Bench) -> None:
+        refusals = await bench.one.apply_all(
+            [
+                (SetMode(Mode.DENYLIST), "v2"),
+                (AllowCidr("x"), "v3"),
+                (AllowCidr("10.0.0.0/8"), "v4"),
+                (SetMode(0), "v5"),
+            ]
+        )
+        assert [type(refusal) for refusal in refusals] == [type(None), InvalidError, type(None), InvalidError]
+        assert bench.kernel.calls == ["apply", "save"]
+        assert (bench.one.policy.mode, len(bench.one.policy.cidrs)) == (Mode.DENYLIST, 1)
+        assert bench.one.row.policy_version == "v4"  # of the last one that was applied
+        bench.check()
+
+    on_bench(work)
+
+
+def test_if_all_are_bad_nothing_happens() -> None:
+    async def work(bench: Bench) -> None:
+        generation = bench.one.generation
+        refusals = await bench.one.apply_all([(AllowCidr("x"), "v2"), (SetMode(9), "v3")])
+        assert all(isinstance(refusal, InvalidError) for refusal in refusals)
+        assert (bench.kernel.calls, bench.one.generation, bench.one.row.policy_version) == ([], generation, "v1")
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize("who", ["kernel", "store"])
+def test_together_refused_each_command_has_a_fate_of_its_own(who: str) -> None:
+    """The allow list with three prefixes fits neither the kernel nor the disk; each subset does."""
+
+    async def work(bench: Bench) -> None:
+        switch, save = bench.kernel.apply, bench.store.save
+
+        async def small_switch(slot: int, policy: Policy, old: Policy | None) -> None:
+            if who == "kernel" and len(policy.cidrs) > 2:
+                raise ExhaustedError("the kernel is full")
+            await switch(slot, policy, old)
+
+        async def small_save(row: Row, encode: Callable[[], str]) -> None:
+            if who == "store" and len(decode(encode(), Clock.now()).cidrs) > 2:
+                raise NetfenceError("the disk is full")
+            await save(row, encode)
+
+        bench.kernel.apply, bench.store.save = small_switch, small_save  # type: ignore[method-assign]
+        commands = [(AllowCidr(f"10.{number}.0.0/16"), f"v{number}") for number in range(2, 5)]
+        refusals = await bench.one.apply_all([*commands, (SetMode(9), "v5"), (SetMode(Mode.DENYLIST), "v6")])
+        assert [str(refusal or "") for refusal in (refusals[0], refusals[1], refusals[4])] == [""] * 3
+        assert f"the {'kernel' if who == 'kernel' else 'disk'} is full" in str(refusals[2])
+        assert isinstance(refusals[3], InvalidError)
+        assert (bench.one.policy.mode, len(bench.one.policy.cidrs)) == (Mode.DENYLIST, 2)
+        assert bench.one.row.policy_version == "v6"
+        bench.check()
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        (DenyDomain("a.test"), RemoveDomain("a.test"), AllowDomain("a.test")),
+        (SetMode(Mode.BLOCK_ALL), SetMode(Mode.ALLOWLIST)),
+        (SetDnsMode(DnsMode.DISABLED), SetDnsMode(DnsMode.ALLOWLIST)),
+        (BulkUpdate(mode=Mode.ALLOWLIST), replace(NAMES)),
+    ],
+    ids=["name", "mode", "dns-mode", "bulk"],
+)
+def test_what_one_command_denies_is_revoked_though_the_next_allows_it_again(commands: Sequence[Command]) -> None:
+    async def work(bench: Bench) -> None:
+        bench.one.learn("a.test", [A], 0)
+        bench.one.learn("b.test", [B], 0)
+        assert await bench.one.apply_all([(command, "") for command in commands]) == [None] * len(commands)
+        assert bench.kernel.calls.count("apply") == 1
+        assert A not in bench.kernel.leases
+        assert A not in bench.store.leases_then
+        assert (B in bench.kernel.leases) is isinstance(commands[0], DenyDomain)
+        bench.one.learn("a.test", [A], 0)
+        assert A in bench.kernel.leases
+        bench.check()
+
+    on_bench(work)
+
+
+def test_together_they_wait_for_the_one_before_and_are_refused_after_the_end() -> None:
+    async def work(bench: Bench) -> None:
+        bench.kernel.switching = asyncio.Event()
+        first = asyncio.ensure_future(bench.one.apply(SetMode(Mode.DENYLIST), "v2"))
+        await asyncio.sleep(0)
+        together = asyncio.ensure_future(bench.one.apply_all([(SetMode(Mode.DISABLED), "v3")]))
+        bench.kernel.switching.set()
+        await asyncio.gather(first, together)
+        assert bench.one.row.policy_version == "v3"
+        await bench.one.close()
+        with pytest.raises(NotFoundError):
+            await bench.one.apply_all([(SetMode(Mode.DISABLED), "v4")])
+
+    on_bench(work)
+
+
+# -- while the control plane is away for too long ----------------------------------------------------------------------
+
+
+class Away(NoControl):
+    """A control plane that is away for too long, or is back."""
+
+    def __init__(self, *, away: bool) -> None:
+        self.away = away
+
+    @property
+    def stale(self) -> bool:
+        return self.away
+
+
+def mode_of(attachment: Attachment) -> Mode:
+    """Return the mode in force."""
+    return attachment.policy.mode
+
+
+def test_stale_everything_is_blocked_and_the_policy_is_in_force_again_afterwards() -> None:
+    async def work(bench: Bench) -> None:
+        await bench.one.apply(replace(NAMES, audit=True, allow_cidrs=["10.0.0.0/8"]), "v2")
+        policy, digest, generation = bench.one.policy, bench.one.policy_hash, bench.one.generation
+        bench.one._control = control = Away(away=True)
+        with capture_logs() as logs:
+            await bench.one.follow_staleness()
+        blocked = bench.kernel.policy
+        assert blocked is not None
+        assert (blocked.mode, blocked.audit, blocked.cidrs) == (Mode.BLOCK_ALL, False, policy.cidrs)
+        assert bench.one.policy is blocked
+        assert bench.one.generation != generation  # no answer of before counts
+        assert bench.store.policy == policy
+        view = bench.one.view()
+        assert (view.mode, view.policy_version) == (Mode.BLOCK_ALL, "v2")
+        assert view.policy_hash == bench.one.policy_hash == blocked.hash() != digest
+        assert [(entry["event"], entry["stale"], entry["mode"]) for entry in logs] == [
+            ("staleness_followed", True, "block_all")
+        ]
+        control.away = False
+        await bench.one.follow_staleness()
+        assert bench.kernel.policy == bench.one.policy == policy
+        assert bench.one.policy_hash == bench.one.view().policy_hash == digest
+        bench.check()
+
+    on_bench(work)
+
+
+def test_stale_commands_change_what_is_stored_and_not_what_is_blocked() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one._control = control = Away(away=True)
+        await bench.one.follow_staleness()
+        for command in (SetMode(Mode.DENYLIST), AllowCidr("10.0.0.0/8")):
+            await bench.one.apply(command, "v2")
+            assert bench.kernel.policy is not None
+            assert bench.kernel.policy.mode is mode_of(bench.one) is Mode.BLOCK_ALL
+        assert bench.store.policy is not None
+        assert (bench.store.policy.mode, len(bench.store.policy.cidrs)) == (Mode.DENYLIST, 1)
+        assert bench.one.row.policy_version == "v2"
+        await bench.one.maintain(time.monotonic())
+        assert mode_of(bench.one) is Mode.BLOCK_ALL
+        control.away = False
+        await bench.one.follow_staleness()
+        bench.check()
+        assert (bench.one.policy.mode, len(bench.one.policy.cidrs)) == (Mode.DENYLIST, 1)
+
+    on_bench(work)
+
+
+def test_stale_a_command_that_fails_leaves_it_blocked() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one._control = control = Away(away=True)
+        await bench.one.follow_staleness()
+        bench.store.fail = True
+        with pytest.raises(NetfenceError, match="disk full"):
+            await bench.one.apply(SetMode(Mode.DISABLED), "v2")
+        assert bench.kernel.policy is bench.one.policy
+        assert mode_of(bench.one) is Mode.BLOCK_ALL
+        control.away = False
+        await bench.one.follow_staleness()
+        assert mode_of(bench.one) is Mode.ALLOWLIST
+        bench.check()
+
+    on_bench(work)
+
+
+def test_stale_no_name_opens_an_address() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one._control = Away(away=True)
+        await bench.one.follow_staleness()
+        with pytest.raises(PreconditionError, match="denied meanwhile"):
+            bench.one.learn("a.test", [A], 0)
+        assert bench.kernel.leases == {}
+
+    on_bench(work)
+
+
+def test_stale_a_take_over_is_never_open() -> None:
+    async def work(bench: Bench) -> None:
+        switched: list[Policy] = []
+        switch = bench.kernel.apply
+
+        async def noted(slot: int, policy: Policy, old: Policy | None) -> None:
+            switched.append(policy)
+            await switch(slot, policy, old)
+
+        bench.kernel.apply = noted  # type: ignore[method-assign]
+        one = bench.made(bench.one.policy)
+        one._control = control = Away(away=True)
+        await one.take_over(nothing)
+        assert [policy.mode for policy in switched] == [Mode.BLOCK_ALL]
+        assert mode_of(one) is Mode.BLOCK_ALL
+        assert one.view().policy_hash == switched[0].hash()
+        control.away = False
+        await one.follow_staleness()
+        assert one.policy == bench.store.policy
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize("first", [FirstPolicy(replace(NAMES, mode=Mode.DISABLED)), None], ids=["acked", "unacked"])
+def test_stale_an_attach_begins_blocked(first: FirstPolicy | None) -> None:
+    async def work(bench: Bench) -> None:
+        one = bench.made(start_policy(Mode.DISABLED))
+        one._control = control = Away(away=True)
+        await one.begin(first)
+        assert one.active
+        assert bench.kernel.policy is not None
+        assert bench.kernel.policy.mode is mode_of(one) is Mode.BLOCK_ALL
+        assert bench.store.policy is not None
+        assert bench.store.policy.mode is Mode.DISABLED
+        control.away = False
+        await one.follow_staleness()
+        assert mode_of(one) is Mode.DISABLED
+
+    on_bench(work, names=False)
+
+
+def test_staleness_is_nothing_to_what_is_not_active_or_over() -> None:
+    async def work(bench: Bench) -> None:
+        one = bench.made(start_policy(Mode.DISABLED))
+        one._control = Away(away=True)
+        await one.follow_staleness()
+        bench.one._control = Away(away=True)
+        await bench.one.close()
+        await bench.one.follow_staleness()
+        assert bench.kernel.calls == []
+
+    on_bench(work)
+
+
+def test_a_kernel_that_refuses_to_follow_is_told_and_can_be_asked_again() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one._control = Away(away=True)
+        bench.kernel.fail["apply"] = ExhaustedError("no policy index")
+        with pytest.raises(ExhaustedError):
+            await bench.one.follow_staleness()
+        assert mode_of(bench.one) is Mode.ALLOWLIST
+        bench.check()
+        await bench.one.follow_staleness()
+        assert mode_of(bench.one) is Mode.BLOCK_ALL
+
+    on_bench(work)
+
+
+# -- first policies ----------------------------------------------------------------------------------------------------
+
+
+def test_who_did_not_wait_is_stored_as_unacked_until_a_whole_policy_comes() -> None:
+    async def work(bench: Bench) -> None:
+        await bench.one.begin(None)
+        assert bench.store.row is not None
+        assert bench.store.row.acked is bench.one.row.acked is bench.one.view().acked is False
+        await bench.one.apply(AllowCidr("10.0.0.0/8"), "v1")
+        assert bench.store.row.acked is bench.one.view().acked is False
+        await bench.one.apply_all([(NAMES, "v2"), (AllowCidr("10.0.0.0/8"), "v3")])
+        assert bench.store.row.acked is bench.one.row.acked is bench.one.view().acked is True
+        await bench.one.apply(AllowCidr("10.1.0.0/16"), "v4")
+        assert bench.store.row.acked is True
+
+    on_bench(work, names=False)
+
+
+def test_a_whole_policy_that_was_refused_acks_nothing() -> None:
+    async def work(bench: Bench) -> None:
+        await bench.one.begin(None)
+        for bad in (BulkUpdate(mode=0), NAMES):
+            bench.store.fail = bad is NAMES
+            refusals = await bench.one.apply_all([(bad, "v1")])
+            assert refusals[0] is not None
+            assert bench.one.view().acked is False
+        bench.store.fail = False
+        await bench.one.apply_all([(SetMode(Mode.DENYLIST), "v2"), (BulkUpdate(mode=0), "v3")])
+        assert bench.one.view().acked is False
+
+    on_bench(work, names=False)
+
+
+@pytest.mark.parametrize("how", ["applied", "refused", "kernel", "store", "cancelled"])
+def test_whoever_gave_the_first_policy_is_told_once_how_it_went(how: str) -> None:
+    async def work(bench: Bench) -> None:
+        told: list[BaseException | None] = []
+        if how == "kernel":
+            bench.kernel.fail["apply"] = ExhaustedError("no policy index")
+        bench.store.fail = how == "store"
+        bench.kernel.switching = asyncio.Event()
+        first = FirstPolicy(BulkUpdate(mode=0) if how == "refused" else NAMES, "v1", told.append)
+        begun = asyncio.ensure_future(bench.one.begin(first))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if how == "cancelled":
+            begun.cancel()
+        assert told == [] or how == "refused"  # not before it is in force
+        bench.kernel.switching.set()
+        (outcome,) = await asyncio.gather(begun, return_exceptions=True)
+        assert [type(failure) for failure in told] == [type(outcome)]
+        expected = {"refused": InvalidError, "kernel": ExhaustedError, "store": NetfenceError}
+        assert type(outcome) is {"applied": type(None), "cancelled": asyncio.CancelledError, **expected}[how]
+        assert bench.one.closed is (how != "applied")
+        if how in {"applied", "cancelled"}:
+            bench.check()
+
+    on_bench(work, names=False)

@@ -15,7 +15,7 @@ from netfence.errors import PreconditionError
 from netfence.policy.commands import BulkUpdate, CidrSpec, DnsSpec, DomainSpec, apply
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
-from netfence.policy_codec import PIECE, Clock, decode, encode
+from netfence.policy_codec import PIECE, Clock, contact_text, decode, encode, seconds_since
 
 NOW = Clock("this boot", mono=1000.0, wall=1_700_000_000.0)
 
@@ -100,3 +100,29 @@ def test_clocks_are_read_from_this_host() -> None:
     assert one.boot_id == other.boot_id
     assert other.mono >= one.mono > 0
     assert one.shift_from(other) == 0
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "expected"),
+    [
+        (NOW, replace(NOW, mono=1007.5, wall=5.0), 7.5),  # within a boot the wall clock may jump as it likes
+        (NOW, NOW, 0.0),
+        (NOW, replace(NOW, mono=999.0), 0.0),
+        (NOW, Clock("next boot", mono=3.0, wall=NOW.wall + 20), 20.0),
+        (NOW, Clock("next boot", mono=3000.0, wall=NOW.wall + 20), 20.0),
+        (NOW, Clock("next boot", mono=3.0, wall=NOW.wall - 20), 0.0),  # set back
+    ],
+    ids=["same-boot", "at-once", "never-negative", "reboot", "reboot-long-up", "reboot-wall-set-back"],
+)
+def test_how_long_ago_a_moment_was(then: Clock, now: Clock, expected: float) -> None:
+    assert seconds_since(contact_text(then), now) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "[]", "1", "{}", '{"boot_id": "b", "mono": "1", "wall": 2}', '{"boot_id": "b", "mono": 1}',
+     '{"boot_id": "b", "mono": 1, "wall": 2, "more": 3}', "null"],
+    ids=["none", "empty", "cut", "list", "number", "nothing", "text", "short", "more", "null"],
+)  # fmt: skip
+def test_a_moment_that_cannot_be_read_is_none(text: str | None) -> None:
+    assert seconds_since(text, NOW) is None

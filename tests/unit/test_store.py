@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from netfence import store as module
 from netfence.errors import NetfenceError, PreconditionError
 from netfence.store import DATABASE, SCHEMA_VERSION, Row, Store
 
@@ -230,3 +232,124 @@ def test_the_loop_goes_on_while_a_large_policy_is_encoded(tmp_path: Path) -> Non
 
     with_store(tmp_path, work)
     assert turns == 10
+
+
+# -- older schemas -----------------------------------------------------------------------------------------------------
+
+SCHEMA_1 = """
+CREATE TABLE IF NOT EXISTS daemon (
+  id TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS attachments (
+  id TEXT PRIMARY KEY,
+  slot INTEGER NOT NULL UNIQUE,
+  kind TEXT NOT NULL,            -- interface | cgroup
+  name TEXT NOT NULL,            -- interface name or cgroup path
+  identity TEXT NOT NULL,        -- what tells this target from a later one of the same name
+  link_kind TEXT NOT NULL,       -- kind of interface ("" for cgroups), for the look-up after a reboot
+  direction TEXT NOT NULL,       -- workload | host
+  hook TEXT NOT NULL,            -- tc | xdp
+  mechanism TEXT NOT NULL,       -- tcx | clsact | cgroup-link | ...
+  metadata TEXT NOT NULL,        -- JSON object
+  dns_host TEXT NOT NULL,
+  dns_port INTEGER NOT NULL,
+  boot_id TEXT NOT NULL,         -- of the last attach or take-over: pins of an earlier boot are gone
+  attached_at REAL NOT NULL,     -- seconds since the epoch
+  policy TEXT,                   -- see policy_codec; NULL until the first policy was acknowledged
+  policy_version TEXT NOT NULL,
+  dns_allowed INTEGER NOT NULL,
+  dns_blocked INTEGER NOT NULL
+) STRICT;
+"""  # as released; never to be changed
+COLUMNS_1 = (
+    "id, slot, kind, name, identity, link_kind, direction, hook, mechanism, metadata, dns_host, dns_port,"
+    " boot_id, attached_at, policy, policy_version, dns_allowed, dns_blocked"
+)
+
+
+def make_schema_1(directory: Path, *stored: Row) -> None:
+    """Leave a database as the first version of the daemon did."""
+    connection = sqlite3.connect(directory / DATABASE)
+    connection.executescript(SCHEMA_1)
+    connection.execute("INSERT INTO daemon VALUES ('the daemon')")
+    for row in stored:
+        values = [getattr(row, name.strip()) for name in COLUMNS_1.split(",")]
+        values[9] = json.dumps(values[9])
+        connection.execute(f"INSERT INTO attachments ({COLUMNS_1}) VALUES ({', '.join('?' * 18)})", values)
+    connection.execute("PRAGMA user_version=1")
+    connection.commit()
+    connection.close()
+
+
+def test_the_first_schema_is_brought_up_to_date_with_everything_in_it(tmp_path: Path) -> None:
+    one = replace(ROW, mechanism="tcx", policy="the policy", policy_version="v1", dns_allowed=3, dns_blocked=4)
+    half = replace(ROW, id="half", slot=2, attached_at=200.0)
+    make_schema_1(tmp_path, one, half)
+
+    async def work(store: Store) -> None:
+        assert (store.daemon_id, store.contact) == ("the daemon", None)
+        assert await store.load() == [one, half]
+        assert all(row.acked for row in await store.load())
+        assert store._connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        await store.save(replace(half, acked=False), lambda: "new")
+        await store.reserve(replace(ROW, id="new", slot=3, attached_at=300.0, acked=False))
+        await store.save_contact("now")
+
+    with_store(tmp_path, work)
+    assert [(row.id, row.policy, row.acked) for row in rows(tmp_path)] == [
+        ("one", "the policy", True), ("half", "new", False), ("new", None, False),
+    ]  # fmt: skip
+
+
+def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_schema_1(tmp_path, ROW)
+    good = module.MIGRATIONS[1]
+    monkeypatch.setitem(module.MIGRATIONS, 1, (*good, "ALTER TABLE nobody ADD COLUMN x TEXT"))
+    with pytest.raises(PreconditionError, match="no such table: nobody; move the file away"):
+        Store.open(tmp_path)
+    monkeypatch.setitem(module.MIGRATIONS, 1, good)
+    assert rows(tmp_path) == [ROW]
+
+
+def test_an_upgraded_database_has_the_columns_of_a_new_one(tmp_path: Path) -> None:
+    make_schema_1(tmp_path)
+
+    def columns(directory: Path) -> dict[str, set[tuple[object, ...]]]:
+        rows(directory)
+        connection = sqlite3.connect(directory / DATABASE)
+        found = {
+            table: {row[1:] for row in connection.execute(f"PRAGMA table_info({table})")}
+            for table in ("daemon", "attachments")
+        }
+        connection.close()
+        return found
+
+    assert columns(tmp_path) == columns(tmp_path / "new")
+
+
+# -- what the control plane is to us -----------------------------------------------------------------------------------
+
+
+def test_when_the_control_plane_was_last_there_is_kept(tmp_path: Path) -> None:
+    seen: list[str | None] = []
+
+    async def work(store: Store) -> None:
+        seen.append(store.contact)
+        daemon_id = store.daemon_id
+        await store.save_contact(f"moment {len(seen)}")
+        assert (store.contact, store.daemon_id) == (f"moment {len(seen)}", daemon_id)
+
+    for _ in range(3):
+        with_store(tmp_path, work)
+    assert seen == [None, "moment 1", "moment 2"]
+
+
+@pytest.mark.parametrize("acked", [False, True])
+def test_whether_a_policy_was_ever_given_is_kept(tmp_path: Path, acked: bool) -> None:
+    async def work(store: Store) -> None:
+        await store.reserve(replace(ROW, acked=not acked))
+        assert [row.acked for row in await store.load()] == [not acked]
+        await store.save(replace(ROW, acked=acked), lambda: "policy")
+
+    with_store(tmp_path, work)
+    assert [row.acked for row in rows(tmp_path)] == [acked]
