@@ -114,7 +114,7 @@ def test_a_name_that_is_not_utf8_is_told_as_far_as_it_can_be() -> None:
     assert event_message(Unsubscribed("a", UnsubscribeReason.ERROR, f"attach to {name}")).unsubscribed.error.endswith(
         "?"
     )
-    assert list(event_message(Result("n", "a", "", ok=False, errors=(name,))).command_result.errors) == ["veth?"]
+    assert fitting([name]) == ("veth?",)
 
 
 def test_what_is_no_event_is_a_defect() -> None:
@@ -125,16 +125,17 @@ def test_what_is_no_event_is_a_defect() -> None:
 
 def test_every_fault_is_told_as_far_as_a_message_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ERROR_BYTES", 30)
-    assert fitting(["0123456789"] * 2) == ["0123456789"] * 2
-    assert fitting(["0123456789"] * 7) == ["0123456789", "0123456789", "and 5 more faults"]
-    assert fitting(["ü" * 13, "x"]) == ["ü" * 13, "and 1 more faults"]  # bytes, not letters
-    assert fitting([]) == []
+    assert fitting(["0123456789"] * 2) == ("0123456789", "0123456789")
+    assert fitting(["0123456789"] * 7) == ("0123456789", "0123456789", "and 5 more faults")
+    assert fitting(["ü" * 13, "x"]) == ("ü" * 13, "and 1 more faults")  # bytes, not letters
+    assert fitting([]) == ()
 
 
 def test_the_faults_of_a_hundred_thousand_entries_fit_a_common_message() -> None:
-    errors = tuple(f"allow_cidrs[{number}]: '10.0.0.0/99': not a prefix; at most /32" for number in range(100_000))
-    message = event_message(Result("n", "a", "", ok=False, errors=errors))
+    errors = [f"allow_cidrs[{number}]: '10.0.0.0/99': not a prefix; at most /32" for number in range(100_000)]
+    told = fitting(errors)
+    message = event_message(Result("n", "a", "", ok=False, errors=told))
     assert message.ByteSize() < 4 << 20  # gRPC's default
-    told = message.command_result.errors
+    assert list(message.command_result.errors) == list(told)
     assert len(told) > 10_000
     assert told[-1] == f"and {100_000 - len(told) + 1} more faults"

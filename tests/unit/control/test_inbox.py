@@ -98,6 +98,19 @@ def test_no_more_are_handed_over_at_once_than_the_bound(monkeypatch: pytest.Monk
     on_bench(work)
 
 
+def test_no_more_bytes_are_handed_over_at_once_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TOGETHER_BYTES", 5)
+
+    async def work(bench: Bench) -> None:
+        for number, size in enumerate((9, 2, 3, 1, 4)):
+            await bench.put("a", number, size=size)
+        await bench.drained()
+        assert [items for _, items in bench.done] == [[0], [1, 2], [3, 4]]
+        assert bench.inbox._bytes == 0
+
+    on_bench(work)
+
+
 def test_no_command_is_lost_whenever_it_comes() -> None:
     async def work(bench: Bench) -> None:
         for number in range(200):

@@ -26,6 +26,7 @@ class Bench:
     def __init__(self) -> None:
         self.now = 0.0
         self.outbox = Outbox(lambda: self.now)
+        self.outbox.begin(())
 
     async def write(self, count: int = 1) -> list[Event]:
         """Take events and write them."""
@@ -167,6 +168,7 @@ def test_results_over_a_lost_stream_are_the_newest_per_attachment_without_nonce(
             bench.outbox.result(result(f"n{number}", version=f"v{number}"))
         bench.outbox.result(result("m1", "b", version="w1"))
         bench.outbox.lost()
+        bench.outbox.begin(())
         bench.outbox.result(result("n4", version="v4"))
         assert await bench.rest() == [
             result("", version="v3"),
@@ -192,12 +194,42 @@ def test_a_result_being_written_is_told_again_unless_there_is_a_newer_one(newer:
     on_bench(work)
 
 
+def test_without_a_stream_a_result_is_told_as_over_a_lost_one() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.result(result("n1", version="v1"))
+        bench.outbox.result(result("m1", "b", version="w1"))
+        bench.outbox.lost()
+        for number in range(2, 5):  # what was under way when it was lost
+            bench.outbox.result(result(f"n{number}", version=f"v{number}"))
+        await asyncio.wait_for(bench.outbox.room(), 1)
+        assert len(bench.outbox) == 2
+        bench.outbox.begin(())
+        assert await bench.rest() == [result("", "b", version="w1"), result("", version="v4")]
+
+    on_bench(work)
+
+
+def test_of_the_faults_of_a_late_result_some_are_told_and_all_counted() -> None:
+    async def work(bench: Bench) -> None:
+        errors = tuple(map(str, range(module.MAX_LATE_ERRORS + 5)))
+        bench.outbox.result(Result("n", "a", "", ok=False, errors=errors))
+        bench.outbox.result(Result("n", "b", "", ok=False, errors=errors[:20]))
+        bench.outbox.lost()
+        assert await bench.rest() == [
+            Result("", "a", "", ok=False, errors=(*errors[:20], "and 5 more faults")),
+            Result("", "b", "", ok=False, errors=errors[:20]),
+        ]
+
+    on_bench(work)
+
+
 def test_results_of_several_lost_streams_do_not_add_up() -> None:
     async def work(bench: Bench) -> None:
         for stream in range(5):
             for number in range(10):
                 bench.outbox.result(result(f"n{number}", version=f"v{stream}.{number}"))
             bench.outbox.lost()
+            bench.outbox.begin(())
         assert await bench.rest() == [result("", version="v4.9")]
 
     on_bench(work)
@@ -256,6 +288,26 @@ def test_results_that_nobody_reads_leave_no_room(monkeypatch: pytest.MonkeyPatch
     on_bench(work)
 
 
+def test_few_results_with_much_to_say_leave_no_room_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_RESULT_BYTES", 3000)
+
+    async def work(bench: Bench) -> None:
+        for number in range(3):
+            await asyncio.wait_for(bench.outbox.room(), 1)
+            bench.outbox.result(Result(str(number), "a", "", ok=False, errors=("x" * 1000,)))
+        room = await waits(bench.outbox.room())
+        await bench.write()
+        await asyncio.wait_for(room, 1)
+        bench.outbox.result(Result("3", "a", "", ok=False, errors=("x" * 1000,)))
+        room = await waits(bench.outbox.room())
+        bench.outbox.lost()  # the newest is left
+        await asyncio.wait_for(room, 1)
+        await bench.rest()
+        assert bench.outbox._result_bytes == bench.outbox._results == 0
+
+    on_bench(work)
+
+
 def test_a_lost_stream_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_RESULTS", 3)
 
@@ -265,11 +317,16 @@ def test_a_lost_stream_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
         room = await waits(bench.outbox.room())
         bench.outbox.lost()
         await asyncio.wait_for(room, 1)
-        bench.outbox.result(result("one more: two now"))
-        await asyncio.wait_for(bench.outbox.room(), 1)
-        bench.outbox.result(result("three"))
+        bench.outbox.begin(())
+        for number in range(3):  # the one left over costs none of it
+            await asyncio.wait_for(bench.outbox.room(), 1)
+            bench.outbox.result(result(str(number)))
         room = await waits(bench.outbox.room())
-        room.cancel()
+        assert len(bench.outbox) == 4
+        await bench.write()
+        assert not room.done()
+        await bench.write()
+        await asyncio.wait_for(room, 1)
 
     on_bench(work)
 

@@ -302,6 +302,24 @@ def test_results_over_a_lost_stream_are_the_newest_without_nonce(tmp_path: Path)
     on_bench(tmp_path, work, start=False)
 
 
+def test_a_result_made_after_its_stream_was_lost_keeps_no_nonce(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        first = await bench.connected()
+        bench.host.gate.clear()
+        await first.send(*(set_mode("a", DISABLED, f"v{number}") for number in range(5)))
+        await until(lambda: bench.host.batches)
+        first.end()
+        await until(lambda: bench.control.state is ConnectionState.DISCONNECTED)
+        bench.host.gate.set()
+        second = await bench.connected(2)
+        await second.first("command_result")
+        await second.send(set_mode("a", DISABLED, "v9"))
+        await second.result("v9")
+        assert [(one.nonce, one.version) for one in second.all("command_result")] == [("", "v4"), ("v9", "v9")]
+
+    on_bench(tmp_path, work)
+
+
 # -- attaches (behaviour 2) -------------------------------------------------------------------------------------------
 
 
