@@ -170,6 +170,22 @@ def test_a_bad_ack_is_refused_whole(stage: Stage, workload: Workload, name: str)
     nothing_left(stage, workload, host_port(subscribed.dns_address))
 
 
+@pytest.mark.parametrize("how", ["silence", "bad-ack", "bad-ack-of-the-wire", "lost"])
+def test_the_message_says_what_was_tried_on_what(stage: Stage, workload: Workload, how: str) -> None:
+    answers = {"bad-ack": commands.ack(mode="unspecified"), "bad-ack-of-the-wire": commands.ack(allow=[(NET4, -1)])}
+    with ThreadPoolExecutor(1) as pool:
+        stage.plane.on_subscribed(*[answers[how]] if how in answers else [])
+        since = len(stage.plane.seen)
+        future = pool.submit(refused_attach, stage.daemon, workload.host_if)
+        if how == "lost":
+            stage.plane.wait_event("subscribed", since=since)
+            stage.plane.end()
+        _, said = future.result()
+    assert said.startswith(f"attach to {workload.host_if}: ")
+    if how in answers:
+        assert "SubscribedAck" in said
+
+
 @pytest.mark.parametrize("how", ["ended", "refused", "killed"])
 def test_the_stream_is_lost_while_it_waits(stage: Stage, workload: Workload, how: str) -> None:
     stage.anew()

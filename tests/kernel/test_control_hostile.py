@@ -236,6 +236,23 @@ def test_a_peer_that_commands_and_does_not_read(stage: Stage, workload: Workload
         assert rss_mb(stage) < RSS_MB
 
 
+def test_refusals_that_nobody_reads_are_bounded(stage: Stage, survived: Survived) -> None:
+    """Twenty thousand faults in each of 90 commands, and a peer that does not want to hear of any."""
+    with survived() as attached:
+        before = rss_mb(stage)
+        stage.plane.stop_reading()
+        bad = commands.bulk(attached.id, "allowlist", ["x"] * 20_000)
+        for number in range(90):
+            bad.nonce = f"bad-{number}"
+            stage.plane.flood(bad)
+        begun = time.monotonic()
+        wait_for(lambda: time.monotonic() > begun + 4, "four seconds")
+        assert rss_mb(stage) - before < RSS_MB
+        assert timed(stage.daemon.status) < API_S
+        stage.plane.read_on()
+        assert not stage.plane.wait_event("command_result", nonce="bad-89", timeout_s=30).ok
+
+
 def rss_mb(stage: Stage) -> int:
     """Tell the daemon's memory."""
     status = Path(f"/proc/{stage.daemon.pid}/status").read_text()

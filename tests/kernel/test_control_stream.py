@@ -164,16 +164,21 @@ def test_the_next_address_is_tried_when_one_is_dead(fresh: Fresh, tmp_path: Path
         assert planes[0].seen == []
 
 
-def test_a_unix_socket(fresh: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["unix", "localhost:50051", "[::1]:50051", "[2001:db8:b::80]:50051"])
+def test_an_address_may_be(fresh: Fresh, tmp_path: Path, address: str) -> None:
     topology = fresh.topology()
     workload = topology.add_veth()
+    listens = f"unix:{tmp_path}/plane.sock" if address == "unix" else address.replace("localhost", "127.0.0.1")
+    place = topology.internet if "2001" in address else topology.host
+    url = listens if address == "unix" else address
     with (
-        ControlPlaneProcess(topology.internet, f"unix:{tmp_path}/plane.sock") as plane,
-        daemon_of(plane, topology, tmp_path / "daemon") as daemon,
+        ControlPlaneProcess(place, listens) as plane,
+        daemon_of(plane, topology, tmp_path / "daemon", url=url, insecure="2001" in address) as daemon,
     ):
         stage = Stage(topology, plane, daemon)
         stage.attach(workload, commands.ack(allow=[NET4]))
         assert stage.reach(workload) == ONLY4
+        assert daemon.status().control_plane_address == url
 
 
 # -- peers that do not want it -----------------------------------------------------------------------------------------
