@@ -180,9 +180,11 @@ def test_staleness_reaches_everybody_though_one_fails(tmp_path: Path) -> None:
         lives[0].attachment.follow_staleness = follow  # type: ignore[method-assign]
         await host.follow_staleness()
         assert modes(bench, lives) == [Mode.BLOCK_ALL] * 3
+        lives[2].attached = False  # its policy is in force, the rest of its attach takes its time
         control.away = False
         await host.follow_staleness()
         assert modes(bench, lives) == [Mode.DENYLIST] * 3
+        lives[2].attached = True
 
     hosted(tmp_path, work)
 

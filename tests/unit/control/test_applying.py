@@ -472,6 +472,24 @@ def test_an_ack_after_its_attach_failed_is_for_nobody() -> None:
     on_bench(work)
 
 
+def test_an_ack_between_the_failure_of_its_attach_and_the_roll_back_waits_for_that() -> None:
+    async def work(bench: Bench) -> None:
+        waiting = bench.wait_for("b")
+        bench.commands.fail(["b"], "lost")
+        with pytest.raises(UnavailableError):
+            await waiting.policy
+        await bench.take(ack("b"), set_mode("b", DISABLED, "v2"))
+        await asyncio.sleep(0.01)
+        assert await bench.results() == []
+        assert bench.host.batches == []
+        bench.commands.forget("b")
+        del bench.host.attaching["b"]
+        await bench.drained()
+        assert [(one.nonce, one.ok) for one in await bench.results()] == [("ack v1", False), ("v2", False)]
+
+    on_bench(work)
+
+
 def test_whoever_is_told_that_its_stream_is_lost_fails_unless_it_has_its_policy() -> None:
     async def work(bench: Bench) -> None:
         first, second = bench.wait_for("b"), bench.wait_for("c")

@@ -263,6 +263,8 @@ def test_closing_ends_it_without_a_reason_and_the_peer_hears_it(tmp_path: Path) 
     async def work(bench: Bench) -> None:
         running = bench.run()
         connection = await bench.peer.connection()
+        await until(lambda: bench.stream.synced)
+        await asyncio.sleep(0)
         bench.stream.close()
         await asyncio.wait_for(running, 2)
         await until(lambda: connection.over)
