@@ -230,6 +230,63 @@ def status(*, as_json: bool) -> None:
         show_rows(render.status_rows(answer))
 
 
+@cli.command(
+    epilog=examples(
+        """
+netfenced controlplane --policy policy.yaml
+netfenced controlplane --policy policy.yaml --listen unix:/run/netfence-plane.sock
+netfenced controlplane --policy policy.yaml --listen 0.0.0.0:7443 \\
+    --tls-cert plane.pem --tls-key plane.key --tls-client-ca daemons.pem
+netfenced controlplane --policy policy.yaml --json | jq -c .policy_file
+"""
+    )
+)
+@click.option(
+    "--policy",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Policy file, in the format of the daemon's local one.",
+)
+@click.option(
+    "--listen",
+    metavar="ADDR",
+    default="127.0.0.1:7443",
+    show_default=True,
+    help="host:port, [IPv6]:port or unix:/path.",
+)
+@click.option(
+    "--tls-cert", type=click.Path(path_type=Path), help="Certificate chain (PEM); read again when it changes."
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key (PEM).")
+@click.option(
+    "--tls-client-ca", type=click.Path(path_type=Path), help="Daemons must show a certificate of this CA (PEM)."
+)
+@click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens that daemons may use, one a line.")
+@click.option("--insecure", is_flag=True, help="Allow plaintext on an address that other hosts reach.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document a line when something changed.")
+def controlplane(policy: Path, listen: str, *, insecure: bool, as_json: bool, **files: Path | None) -> int:
+    """Run a control plane that gives a fleet of daemons the policies of a file.
+
+    The file is read again when it changes and on SIGHUP; one with errors changes nothing. On a terminal a page shows
+    the daemons and their attachments. SIGTERM ends it; the daemons keep the policies that they have.
+    """
+    cert, key, client_ca = (files[name] for name in ("tls_cert", "tls_key", "tls_client_ca"))
+    if (cert is None) != (key is None):
+        raise click.UsageError("--tls-cert and --tls-key are given together or not at all", click.get_current_context())
+    if client_ca is not None and cert is None:
+        raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key", click.get_current_context())
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC writes past our log, on the page too
+    from netfence.controlplane.command import Options, run  # noqa: PLC0415
+    from netfence.controlplane.tls import ServerTls  # noqa: PLC0415
+
+    tls = None if cert is None or key is None else ServerTls(cert, key, client_ca)
+    try:
+        exit_status: int = run(Options(policy, listen, tls, files["token_file"], insecure, as_json))
+    except NetfenceError as error:
+        raise CommandError(_lines(error)) from None
+    return exit_status
+
+
 @cli.group()
 def policy() -> None:
     """Work on local policy files."""

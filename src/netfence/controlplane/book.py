@@ -30,6 +30,7 @@ class Book:
     def __init__(self, ask: Callable[[Entry], None], limits: Limits) -> None:
         self._ask = ask
         self._limits = limits
+        self.changes = 0  # grows with whatever a snapshot shows
         self._records: dict[str, Record] = {}
         self._by_id: dict[str, list[Entry]] = {}
         self._awaited: dict[str, list[asyncio.Future[None]]] = {}
@@ -61,6 +62,7 @@ class Book:
         record.link, record.daemon = link, daemon
         record.confirms = "nonce" in daemon.capabilities
         record.since = record.last_seen = time.time()
+        self.changes += 1
         self._resume(record, sync)
         hush.info(
             "daemon_connected",
@@ -76,6 +78,7 @@ class Book:
         """Note that a stream has ended; nothing happens if a newer one has taken over."""
         if record.link is not link:
             return
+        self.changes += 1
         record.link = None
         record.since = time.time()
         for entry in record.asking:
@@ -92,6 +95,7 @@ class Book:
 
     def subscribe(self, record: Record, message: control_pb2.Subscribed) -> None:
         """Take a new attachment."""
+        self.changes += 1
         if _bad_id(message.id) or (
             message.id not in record.entries and len(record.entries) >= self._limits.max_attachments
         ):
@@ -103,6 +107,7 @@ class Book:
 
     def unsubscribe(self, record: Record, message: control_pb2.Unsubscribed) -> None:
         """Take an attachment away."""
+        self.changes += 1
         if (entry := record.entries.get(message.id)) is not None:
             if message.error:
                 hush.warning(
@@ -112,6 +117,7 @@ class Book:
 
     def heartbeat(self, record: Record, message: control_pb2.Heartbeat) -> None:
         """Take counters; those of unknown attachments are of one that left just now."""
+        self.changes += 1
         at = time.time()
         for stats in message.stats:
             if (entry := record.entries.get(stats.id)) is not None:
@@ -208,6 +214,7 @@ class Book:
         self._forget(min(away, key=lambda record: record.since))
 
     def _forget(self, record: Record) -> None:
+        self.changes += 1
         for entry in list(record.entries.values()):
             self._drop(entry)
         del self._records[record.daemon.id]

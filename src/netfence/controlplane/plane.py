@@ -139,6 +139,11 @@ class ControlPlane:
         """Every attachment of every daemon: a snapshot, some 2 µs an attachment."""
         return tuple(entry.status() for entry in self._book.entries())
 
+    @property
+    def changes(self) -> int:
+        """A number that grows with whatever the snapshots show: as long as it stays, none need be taken."""
+        return self._book.changes
+
     async def update(self, where: Where = None, *, timeout_s: float = 30.0) -> Results:
         """Ask `policy_for` again, send what differs, and return each daemon's result.
 
@@ -174,6 +179,7 @@ class ControlPlane:
             self._deciders.ask(entry)
 
     def _decided(self, entry: Entry) -> None:
+        self._book.changes += 1
         if entry.record.link is not None:
             entry.record.link.offer(entry)
 

@@ -183,7 +183,7 @@ async def listen(servicer: Servicer, address: str, tls: ServerTls | None, *, ins
         if tls is None and not insecure and not _is_loopback(host):
             raise PreconditionError(
                 f"listen on {address}: without TLS whoever is on the way could read and change policies; give a"
-                " certificate and key, listen on 127.0.0.1 or a unix socket, or say that it is to be insecure"
+                " certificate and key, listen on 127.0.0.1 or a unix socket, or say insecure=True (--insecure)"
             )
         _probe(host, port, address)
     credentials = None if tls is None else TlsFiles(tls).credentials()

@@ -160,6 +160,7 @@ class Session:
                 self._in_flight[result.nonce] = entry
             return
         self._progress = time.monotonic()
+        self._book.changes += 1
         self._wake.set()  # there is room in the window
         if entry.gone:
             return
