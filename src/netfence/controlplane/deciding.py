@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -34,6 +35,8 @@ class Deciders:
         self._decided = decided
         self._limits = limits
         self._turns: asyncio.Queue[Record] = asyncio.Queue()  # bounded: a record stands in it once
+        # Equal policies as one object, also where `policy_for` makes them anew each time: encoded and kept once.
+        self._shared: weakref.WeakValueDictionary[Policy, Policy] = weakref.WeakValueDictionary()
 
     def ask(self, entry: Entry) -> None:
         """Ask about an attachment, anew if it is being decided at this moment."""
@@ -96,6 +99,7 @@ class Deciders:
         try:
             async with asyncio.timeout(self._limits.policy_timeout_s):
                 policy = _policy(await self._policy_for(entry.attachment))
+            policy = self._shared.setdefault(policy, policy)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():

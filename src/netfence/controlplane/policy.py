@@ -49,7 +49,7 @@ class Dns:
     upstreams: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Policy:
     """A whole policy: ``Policy("allowlist", allow=["10.0.0.0/8", Cidr("192.0.2.7", ttl_s=3600)], dns=Dns("proxy"))``.
 

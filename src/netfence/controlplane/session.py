@@ -131,8 +131,10 @@ class Session:
         """Take events until the daemon ends the stream."""
         read = self._context.read
         while (raw := await read()) is not grpc.aio.EOF:
-            record.last_seen = time.time()
             await self._within_budget(record)
+            if record.link is not self:  # a newer stream has taken over, and what this one says is of the past
+                return
+            record.last_seen = time.time()
             self._take(record, _event(raw))
 
     def _take(self, record: Record, event: control_pb2.DaemonEvent) -> None:
@@ -188,6 +190,8 @@ class Session:
                 await self._send(entry)
 
     async def _send(self, entry: Entry) -> None:
+        if entry.record.link is not self:  # a newer stream has taken over: its results come there
+            return
         nonce = ""
         if entry.record.confirms:
             self._nonces += 1
@@ -195,18 +199,19 @@ class Session:
         command = entry.command(nonce)
         if command is None:
             return
-        if nonce:
-            if not self._in_flight:
-                self._progress = time.monotonic()
-            self._in_flight[nonce] = entry
         if len(command) < LARGE_BYTES:
-            await self._put(command)
+            await self._put(command, nonce, entry)
         else:
             async with self._large:
-                await self._put(command)
+                await self._put(command, nonce, entry)
 
-    async def _put(self, command: bytes) -> None:
-        self._writing_since = time.monotonic()
+    async def _put(self, command: bytes, nonce: str, entry: Entry) -> None:
+        now = time.monotonic()
+        if nonce:
+            if not self._in_flight:
+                self._progress = now
+            self._in_flight[nonce] = entry
+        self._writing_since = now
         await self._context.write(command)
         self._writing_since = None
 

@@ -217,6 +217,19 @@ def test_daemons_take_turns() -> None:
     run(test())
 
 
+def test_equal_policies_are_kept_once() -> None:
+    async def policy_for(_: Attachment) -> Policy:
+        return Policy("allowlist", allow=["10.0.0.0/8"])
+
+    async def test() -> None:
+        async with serving(policy_for) as plane, FakeDaemon(plane.address, {"a": {}, "b": {}}):
+            await until(lambda: all_are(plane, State.IN_SYNC, 2))
+            one, other = plane._book.entries()
+            assert one._wanted is other._wanted is not None
+
+    run(test())
+
+
 def test_reconnect_in_the_middle_of_a_question_asks_again() -> None:
     async def test() -> None:
         policies = Policies(WEB)

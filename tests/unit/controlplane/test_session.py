@@ -1,0 +1,90 @@
+"""A stream that has been taken over: nothing of it counts any more. Its moments are too short to meet from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+from tests.unit.controlplane.harness import OPEN, SHUT, run
+
+from netfence.controlplane import Limits, State
+from netfence.controlplane.book import Book
+from netfence.controlplane.entry import Entry
+from netfence.controlplane.session import Session
+from netfence.controlplane.views import daemon_of
+from netfence.v1 import control_pb2
+
+
+class Context:
+    """A stream without gRPC: `events` are read, commands are kept in `written`."""
+
+    def __init__(self) -> None:
+        self.events: asyncio.Queue[Any] = asyncio.Queue()
+        self.written: list[control_pb2.ControlCommand] = []
+        self.may_write = asyncio.Event()
+        self.may_write.set()
+
+    async def read(self) -> Any:
+        return await self.events.get()
+
+    async def write(self, data: bytes) -> None:
+        await self.may_write.wait()
+        self.written.append(control_pb2.ControlCommand.FromString(data))
+
+
+SYNC = control_pb2.SyncRequest(
+    daemon_id="d", capabilities=["nonce"], attachments=[control_pb2.Attachment(id=name) for name in "ab"]
+)
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def decide(book: Book, policy: Any) -> None:
+    for entry in book.entries():
+        entry.asked += 1
+        entry.decide(policy, entry.asked)
+        assert entry.record.link is not None
+        entry.record.link.offer(entry)
+
+
+def test_taken_over_stream_neither_sends_nor_counts() -> None:
+    async def test() -> None:
+        asked: list[Entry] = []
+        book = Book(asked.append, Limits())
+        contexts = [Context(), Context()]
+        sessions = [Session(context, book, Limits(), asyncio.Semaphore(1)) for context in contexts]
+        daemon = daemon_of(SYNC, "test")
+        old = asyncio.ensure_future(sessions[0].run(daemon, SYNC))
+        await turns()
+        contexts[0].may_write.clear()
+        decide(book, OPEN)
+        await turns()  # the writer is in the middle of `a`, and `b` is next
+        new = asyncio.ensure_future(sessions[1].run(daemon, SYNC))
+        # Before the old stream notices: its write is done, and its daemon says things.
+        contexts[0].may_write.set()
+        gone = control_pb2.DaemonEvent(unsubscribed=control_pb2.Unsubscribed(id="a"))
+        result = control_pb2.CommandResult(nonce="1", id="a", ok=False)
+        contexts[0].events.put_nowait(gone.SerializeToString())
+        contexts[0].events.put_nowait(control_pb2.DaemonEvent(command_result=result).SerializeToString())
+        await turns()
+        ended = await old
+        assert ended is not None
+        assert ended.code == "ABORTED"
+        assert [command.id for command in contexts[0].written] == ["", "a"]
+        assert [entry.attachment.id for entry in book.entries()] == ["a", "b"]
+        decide(book, SHUT)
+        await turns()
+        assert [command.id for command in contexts[1].written] == ["", "a", "b"]
+        for command in contexts[1].written[1:]:
+            answer = control_pb2.CommandResult(nonce=command.nonce, id=command.id, ok=True, policy_hash=SHUT.hash)
+            contexts[1].events.put_nowait(control_pb2.DaemonEvent(command_result=answer).SerializeToString())
+        contexts[1].events.put_nowait(grpc.aio.EOF)
+        assert await new is None
+        assert [entry.policy_hash for entry in book.entries()] == [SHUT.hash] * 2
+        assert {entry.status().state for entry in book.entries()} == {State.DISCONNECTED}
+
+    run(test())
