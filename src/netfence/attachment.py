@@ -101,9 +101,9 @@ class Attachment:
     ) -> None:
         self.row = row
         self.active = False  # the first policy is in force and stored
-        self.policy_hash = policy.hash()
         self._stored = policy  # what commands made
-        self._policy = policy  # what is in force: that, or block_all while we are stale
+        self._policy = _blocked(policy) if control.stale else policy  # in force: that, or block_all while stale
+        self.policy_hash = self._policy.hash()
         self._in_kernel: Policy | None = None
         self._generation = 0
         self._made_by: _Given | None = None  # keeps what made the policy in `_given`, while nothing else changed it
@@ -190,7 +190,12 @@ class Attachment:
             if len(commands) == 1:
                 if isinstance(error, NetfenceError):
                     return [error]
-                raise
+                self.log.exception("command_failed", error=str(error))
+                return [
+                    NetfenceError(
+                        f"apply {type(commands[0][0]).__name__} to {self.row.id}: internal error, see the log"
+                    )
+                ]
         return [refusal for one in commands for refusal in await self._apply_each([one])]
 
     async def _apply(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
@@ -216,9 +221,10 @@ class Attachment:
         self.policy_hash = digest
         self.active = True
         self._note(done[-1][0], new)
-        for command, version in done:
-            mode = new.mode.name.lower()
-            self.log.info("policy_applied", command=type(command).__name__, version=version, mode=mode)
+        command, version = done[-1]
+        many = {"commands": len(done)} if len(done) > 1 else {}
+        mode = new.mode.name.lower()
+        self.log.info("policy_applied", command=type(command).__name__, version=version, mode=mode, **many)
         return refusals
 
     def _judge(
@@ -334,6 +340,11 @@ class Attachment:
             self._closed = True
             self._generation += 1
 
+    def shut(self) -> None:
+        """Refuse all further commands and leases from this moment on; `close` also waits for what is in progress."""
+        self._closed = True
+        self._generation += 1
+
     def reopen(self) -> None:
         """Accept commands again: what it was closed for has failed."""
         self._closed = False
@@ -420,9 +431,10 @@ class Attachment:
     async def _maintain(self, now: float) -> None:
         live = replace(self._stored, cidrs=self._stored.cidrs.live(now))
         if live.cidrs is not self._stored.cidrs:
-            generation = self._generation
+            generation, mode = self._generation, self._policy.mode
             await self._switch(live)
-            self._generation = generation  # nothing that was in force changed
+            if self._policy.mode is mode:  # nothing that was in force changed; staleness would be
+                self._generation = generation
         await self._leases.sweep(now)
 
     def _holder(self, name: str) -> str | None:

@@ -14,25 +14,45 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
+from google.protobuf.message import DecodeError
 
 from netfence.control.convert import command_of
 from netfence.control.events import fitting
 from netfence.control.inbox import Inbox
 from netfence.control.outbox import Outbox, Result
+from netfence.control.peek import Head, entries_of
 from netfence.control.port import AttachmentView, ControlHost, FirstPolicy
 from netfence.errors import InvalidError, NetfenceError, NotFoundError, UnavailableError
 from netfence.log import LogLimit
-from netfence.policy.commands import BulkUpdate, Command
+from netfence.policy.commands import BulkUpdate, Command, refuse_too_many
+from netfence.policy.limits import MAX_CIDR_RULES, MAX_DOMAIN_RULES, MAX_ERROR_TEXT
 from netfence.policy.modes import Mode
+from netfence.policy.prefix import shown
 from netfence.v1 import control_pb2
 
 LARGE_BYTES: Final = 64 << 10
-"""A command from which on it is converted in a thread: about 4 ms for a megabyte."""
+"""A command from which on it is converted in a thread: about 10 ms for a megabyte."""
+
+COUNTED_BYTES: Final = 2 << 20
+"""A command from which on its entries are counted before it is parsed: below, even a million empty ones cost no more
+than a tenth of a second and 56 MB."""
+
+MAX_ID_BYTES: Final = 128
+"""Bytes of an id that is answered: ours have 36."""
+
+MAX_NONCE_BYTES: Final = 256
+"""Bytes of a nonce, which waits for its result with us."""
+
+MAX_VERSION_BYTES: Final = 1024
+"""Bytes of a version, which is stored and stands in every SyncRequest: 2 MB for all attachments there can be."""
+
+HEAD_BYTES: Final = 200
+"""What a waiting command takes beside its bytes."""
 
 MAX_LOGGED_ERRORS: Final = 5
 """Faults of one refused command in the log; the CommandResult has all of them."""
 
-Message = control_pb2.ControlCommand
+Arrived = tuple[Head, bytes]  # a command as it came: its head and all of it
 
 log = structlog.get_logger(__name__)
 
@@ -67,8 +87,9 @@ class Commands:
 
     def __init__(self, outbox: Outbox, max_bytes: int) -> None:
         self._outbox = outbox
-        self._inbox: Inbox[bytes] = Inbox(self._work, max_bytes)
+        self._inbox: Inbox[Arrived] = Inbox(self._work, max_bytes)
         self._waiting: dict[str, Waiting] = {}
+        self._through: dict[str, AttachmentView] = {}  # have their policy in force; perhaps not attached yet
         self._host: ControlHost | None = None
         self._unknown_limit, self._refused_limit = LogLimit(), LogLimit()
         self.counts = Counts()
@@ -86,9 +107,11 @@ class Commands:
 
     def forget(self, attachment_id: str) -> None:
         """Note that an attachment is gone, or was never attached."""
+        self._through.pop(attachment_id, None)
         waiting = self._waiting.pop(attachment_id, None)
         if waiting is not None:
-            waiting.policy.cancel()
+            if not waiting.policy.cancel() and not waiting.policy.cancelled():
+                waiting.policy.exception()  # nobody may have asked for it: the caller went away
             waiting.settle(NotFoundError("the attach failed"))
 
     def fail(self, attachment_ids: Sequence[str], why: str) -> None:
@@ -98,9 +121,9 @@ class Commands:
             if waiting is not None and not waiting.policy.done():
                 waiting.policy.set_exception(UnavailableError(f"attach to {waiting.view.target}: {why}"))
 
-    def awaiting(self) -> list[str]:
-        """Return the ids of the attaches that have no policy yet."""
-        return [one for one, waiting in self._waiting.items() if not waiting.policy.done()]
+    def awaiting(self) -> list[AttachmentView]:
+        """Return the attaches that have no policy yet."""
+        return [waiting.view for waiting in self._waiting.values() if not waiting.policy.done()]
 
     async def none_awaiting(self, timeout_s: float) -> None:
         """Wait until the attaches that have no policy at this moment have one or have failed, `timeout_s` at most."""
@@ -111,21 +134,22 @@ class Commands:
     def decided(self) -> list[AttachmentView]:
         """Return the attaches that have their policy and are about to put it in force."""
         decided = (waiting for waiting in self._waiting.values() if waiting.policy.done())
-        return [one.view for one in decided if not one.policy.cancelled() and one.policy.exception() is None]
+        views = [one.view for one in decided if not one.policy.cancelled() and one.policy.exception() is None]
+        return [*views, *self._through.values()]
 
     def attached(self, attachment_id: str) -> None:
         """Note that an attach is through."""
-        self._waiting.pop(attachment_id, None)
+        self._through.pop(attachment_id, None)
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    async def take(self, message: Message, data: bytes) -> None:
+    async def take(self, head: Head, data: bytes) -> None:
         """Queue a command that came as `data`; waits while too much is queued."""
-        if message.id in self._waiting or (self._host is not None and self._host.view(message.id) is not None):
-            # As bytes: a message of a hundred thousand entries takes many times as much.
-            await self._inbox.put(message.id, data, len(data))
+        if head.id in self._waiting or (self._host is not None and self._host.view(head.id) is not None):
+            await self._inbox.put(head.id, (head, data), len(data) + HEAD_BYTES)
         else:
-            self._unknown(message)
+            await self._outbox.room()
+            self._unknown(head)
 
     async def drained(self) -> None:
         """Wait until every command that was taken has been applied or refused."""
@@ -135,112 +159,128 @@ class Commands:
         """Stop applying."""
         await self._inbox.close()
 
-    async def _work(self, attachment_id: str, waiting: Sequence[bytes]) -> None:
+    async def _work(self, attachment_id: str, arrived: Sequence[Arrived]) -> None:
         """Do what the inbox hands over; not before there is room for what will be said about it."""
         await self._outbox.room()
-        await self._apply(attachment_id, [Message.FromString(data) for data in waiting])
-
-    async def _apply(self, attachment_id: str, messages: Sequence[Message]) -> None:
-        ready: list[tuple[Message, Command]] = []
-        for message in messages:
-            waiting = self._waiting.get(attachment_id)
-            command = await _converted(message)
-            if waiting is not None and not waiting.settled.is_set():
-                await self._first(waiting, message, command)
+        ready: list[tuple[Head, Command]] = []
+        for head, data in arrived:
+            command = await _converted(head, data)
+            while (waiting := self._waiting.get(attachment_id)) is not None:
+                if not waiting.policy.done():
+                    break
+                await waiting.settled.wait()
+            if waiting is not None:
+                await self._first(waiting, head, command)
             elif isinstance(command, NetfenceError):
-                self._refuse(message, command)
+                self._refuse(head, command)
             else:
-                ready.append((message, command))
-        if not ready or self._host is None:
-            return
+                ready.append((head, command))
+        if ready and self._host is not None:
+            await self._apply(self._host, attachment_id, ready)
+
+    async def _apply(self, host: ControlHost, attachment_id: str, ready: Sequence[tuple[Head, Command]]) -> None:
         try:
-            outcomes = await self._host.apply_all(attachment_id, [(one, message.version) for message, one in ready])
+            outcomes = await host.apply_all(attachment_id, [(command, head.version) for head, command in ready])
         except NotFoundError:
-            for message, _ in ready:
-                self._unknown(message)
+            for head, _ in ready:
+                self._unknown(head)
             return
         except Exception as error:
             log.exception("commands_failed", attachment=attachment_id, error=str(error))
             outcomes = [NetfenceError("internal error; the daemon's log has the details")] * len(ready)
-        for (message, command), refusal in zip(ready, outcomes, strict=True):
+        for (head, command), refusal in zip(ready, outcomes, strict=True):
             if refusal is None:
-                self._applied(message, command)
+                self._applied(head, command)
             else:
-                self._refuse(message, refusal)
+                self._refuse(head, refusal)
 
-    async def _first(self, waiting: Waiting, message: Message, command: Command | NetfenceError) -> None:
+    async def _first(self, waiting: Waiting, head: Head, command: Command | NetfenceError) -> None:
         """Let a SubscribedAck end the wait of its attach, and wait until that is through."""
-        kind = message.WhichOneof("command")
-        if waiting.policy.done():  # a second one, on its heels
-            await waiting.settled.wait()
-            await self._apply(message.id, [message])
-        elif kind != "subscribed_ack":
-            what = f"{kind or 'command'}: the attachment waits for its SubscribedAck; send that first"
-            self._refuse(message, command if isinstance(command, NetfenceError) else InvalidError(what))
-        elif isinstance(command, BulkUpdate):
-            waiting.policy.set_result(FirstPolicy(command, message.version, waiting.settle))
-            await waiting.settled.wait()
-            if waiting.failure is None:
-                self._applied(message, command)
-            else:
-                failure = waiting.failure
-                self._refuse(message, failure if isinstance(failure, NetfenceError) else NetfenceError(str(failure)))
-        elif isinstance(command, NetfenceError):
+        if head.kind != "subscribed_ack" or not isinstance(command, BulkUpdate | NetfenceError):
+            what = f"{head.kind or 'command'}: the attachment waits for its SubscribedAck; send that first"
+            self._refuse(head, command if isinstance(command, NetfenceError) else InvalidError(what))
+            return
+        if isinstance(command, BulkUpdate):
+            waiting.policy.set_result(FirstPolicy(command, head.version, waiting.settle))
+        else:
             waiting.policy.set_exception(command)
-            await waiting.settled.wait()
-            self._refuse(message, command)
+        await waiting.settled.wait()
+        failure = waiting.failure
+        if failure is None and isinstance(command, BulkUpdate):
+            if self._waiting.get(head.id) is waiting:  # the update that it holds may be large
+                self._through[head.id] = self._waiting.pop(head.id).view
+            self._applied(head, command)
+        else:
+            said = command if isinstance(command, NetfenceError) else failure
+            why = str(said) or "the caller of attach went away"
+            self._refuse(head, said if isinstance(said, NetfenceError) else NetfenceError(why))
 
-    def _applied(self, message: Message, command: Command) -> None:
+    def _applied(self, head: Head, command: Command) -> None:
         self.counts.applied += 1
         if isinstance(command, BulkUpdate) and command.dns is None and command.mode == Mode.ALLOWLIST:
             effect = "the workload may ask for every name and none opens an address"
-            log.warning("allowlist_without_dns", attachment=message.id, version=message.version, effect=effect)
-        self._answer(message, ok=True)
+            log.warning("allowlist_without_dns", attachment=head.id, version=head.version, effect=effect)
+        self._answer(head, ok=True)
 
-    def _refuse(self, message: Message, error: NetfenceError) -> None:
+    def _refuse(self, head: Head, error: NetfenceError) -> None:
         self.counts.refused += 1
         errors = _errors(error)
         if self._refused_limit.due(time.monotonic()):
             log.warning(
                 "command_refused",
-                attachment=message.id,
-                command=message.WhichOneof("command") or "none",
-                version=message.version,
+                attachment=head.id,
+                command=head.kind or "none",
+                version=head.version[:MAX_ERROR_TEXT],
                 errors=[*errors[:MAX_LOGGED_ERRORS]],
                 faults=len(errors),
                 since_start=self.counts.refused,
             )
-        self._answer(message, ok=False, errors=errors)
+        self._answer(head, ok=False, errors=errors)
 
-    def _unknown(self, message: Message) -> None:
+    def _unknown(self, head: Head) -> None:
         self.counts.unknown += 1
         if self._unknown_limit.due(time.monotonic()):
-            kind = message.WhichOneof("command") or "none"
+            kind = head.kind or "none"
             log.warning(
                 "command_for_unknown_attachment",
-                attachment=message.id,
+                attachment=head.id[:MAX_ERROR_TEXT],
                 command=kind,
                 effect="ignored",
                 since_start=self.counts.unknown,
             )
-        self._answer(message, ok=False, errors=(f"no attachment {message.id}",))
+        self._answer(head, ok=False, errors=(f"no attachment {shown(head.id)}",))
 
-    def _answer(self, message: Message, *, ok: bool, errors: tuple[str, ...] = ()) -> None:
-        if not message.nonce:
+    def _answer(self, head: Head, *, ok: bool, errors: tuple[str, ...] = ()) -> None:
+        if not head.nonce or len(head.nonce) > MAX_NONCE_BYTES or len(head.id) > MAX_ID_BYTES:
             return
-        view = self._host.view(message.id) if self._host is not None else None
-        version = message.version if ok else (view.policy_version if view is not None else "")
+        view = self._host.view(head.id) if self._host is not None else None
+        # With the hash, as of now: of commands applied together the last one's.
+        version = view.policy_version if view is not None else ""
         policy_hash = view.policy_hash if view is not None else ""
-        self._outbox.result(Result(message.nonce, message.id, version, ok, fitting(errors), policy_hash))
+        self._outbox.result(Result(head.nonce, head.id, version, ok, fitting(errors), policy_hash))
 
 
-async def _converted(message: Message) -> Command | NetfenceError:
+async def _converted(head: Head, data: bytes) -> Command | NetfenceError:
+    """Return the command, or why it is none; a large one is read in a thread."""
+    if (size := len(head.version.encode())) > MAX_VERSION_BYTES:
+        return InvalidError(f"version: {size} bytes long; at most {MAX_VERSION_BYTES} are allowed")
+    if (size := len(head.nonce.encode())) > MAX_NONCE_BYTES:
+        return InvalidError(f"nonce: {size} bytes long; at most {MAX_NONCE_BYTES} are allowed")
     try:
-        if message.ByteSize() >= LARGE_BYTES:
-            return await asyncio.to_thread(command_of, message)
-        return command_of(message)
+        return await asyncio.to_thread(_read, data) if len(data) >= LARGE_BYTES else _read(data)
     except NetfenceError as error:
         return error
+
+
+def _read(data: bytes) -> Command:
+    try:
+        if len(data) >= COUNTED_BYTES:
+            most = MAX_CIDR_RULES + MAX_DOMAIN_RULES
+            if (count := entries_of(data, most)) > most:
+                refuse_too_many(count, 0)
+        return command_of(control_pb2.ControlCommand.FromString(data))
+    except (DecodeError, ValueError) as error:
+        raise InvalidError(f"command: {len(data)} bytes that cannot be read: {error}") from None
 
 
 def _errors(error: NetfenceError) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def sync_event(
     """Return the first event of a stream, which lists `views`."""
     sync = control_pb2.SyncRequest(
         daemon_id=daemon_id,
-        hostname=hostname,
+        hostname=_text(hostname),
         metadata=metadata,
         capabilities=CAPABILITIES,
         daemon_version=__version__,

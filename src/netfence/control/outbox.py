@@ -60,7 +60,7 @@ class Result:
     @property
     def size(self) -> int:
         """Return about how many bytes it takes."""
-        return 200 + sum(len(error) + 60 for error in self.errors)
+        return 200 + len(self.nonce) + len(self.id) + len(self.version) + sum(len(error) + 60 for error in self.errors)
 
     def late(self) -> Result:
         """Return what is told of it on another stream than its command's: without the nonce, and not every fault."""
@@ -108,14 +108,17 @@ class Outbox:
 
     def unsubscribed(self, attachment_id: str, reason: UnsubscribeReason, error: str) -> None:
         """Tell that an attachment is gone; nothing, if nobody has been told of it yet."""
+        self._waiting.pop(("result", attachment_id), None)  # one that waits without a stream
         if self._waiting.pop(("subscribed", attachment_id), None) is None:
             self._put(("unsubscribed", attachment_id), Unsubscribed(attachment_id, reason, error))
+        self._note()
 
     def result(self, result: Result) -> None:
         """Tell what became of a command."""
         if not self._open:
             self._waiting.pop(("result", result.id), None)
-            self._put(("result", result.id), result.late())
+            if result.policy_hash:  # else there is no such attachment
+                self._put(("result", result.id), result.late())
             return
         self._number += 1
         self._count_result(1, result.size)
@@ -124,8 +127,7 @@ class Outbox:
     def heartbeat(self, heartbeat: Heartbeat) -> None:
         """Tell the counters; an older heartbeat that waits still is replaced."""
         self._heartbeat = heartbeat
-        self._news.set()
-        self._empty.clear()
+        self._note()
 
     def waits(self, attachment_id: str) -> bool:
         """Tell whether the `Subscribed` of this attachment has not been taken yet."""
@@ -159,8 +161,7 @@ class Outbox:
             self._unsure.popleft()
         if isinstance(event, Unsubscribed):
             self._unsure.append((now, event))
-        if not len(self):
-            self._empty.set()
+        self._note()
 
     async def emptied(self) -> None:
         """Wait until all that waited has been written."""
@@ -189,7 +190,7 @@ class Outbox:
             unsure.append(writing)
         results: dict[Key, Event] = {}
         for event in (writing, *self._waiting.values()):
-            if isinstance(event, Result):
+            if isinstance(event, Result) and event.policy_hash:
                 results.pop(("result", event.id), None)
                 results["result", event.id] = event.late()
         rest = {key: event for key, event in self._waiting.items() if key[0] != "result"}
@@ -198,13 +199,20 @@ class Outbox:
         self._open = False
         self._results = self._result_bytes = 0
         self._room.set()
-        if self._waiting:
-            self._news.set()
+        self._note()
 
     def _put(self, key: Key, event: Event) -> None:
         self._waiting[key] = event
-        self._news.set()
-        self._empty.clear()
+        self._note()
+
+    def _note(self) -> None:
+        """Tell those who wait whether there is anything."""
+        if len(self):
+            self._news.set()
+        if len(self) or self._writing is not None:
+            self._empty.clear()
+        else:
+            self._empty.set()
 
     def _count_result(self, more: int, size: int) -> None:
         self._results += more

@@ -27,6 +27,7 @@ from netfence.control.channel import call_metadata, make_channel
 from netfence.control.credentials import Credentials, Secrets
 from netfence.control.events import sync_event
 from netfence.control.outbox import Heartbeat, Outbox
+from netfence.control.peek import Head
 from netfence.control.port import (
     AttachmentView,
     ConnectionState,
@@ -37,7 +38,7 @@ from netfence.control.port import (
 )
 from netfence.control.queries import NameQueries
 from netfence.control.stream import EndedError, Stream
-from netfence.errors import DeadlineError, NetfenceError, UnavailableError
+from netfence.errors import DeadlineError, UnavailableError
 from netfence.v1 import control_pb2
 
 QUEUE_FACTOR: Final = 2
@@ -45,6 +46,9 @@ QUEUE_FACTOR: Final = 2
 
 CONTACT_S: Final = 30.0
 """How often it is stored that the control plane is here; so much older it may seem after a crash."""
+
+CONTACT_LEAST_S: Final = 0.25
+"""Not more often than this, however small `max_stale` is."""
 
 FOLLOW_AGAIN_S: Final = 1.0
 """Before attachments that could not be blocked or unblocked are tried again."""
@@ -131,6 +135,7 @@ class RemoteControl:
             async with asyncio.timeout(DRAIN_S):
                 if self._stream is not None:
                     await self._outbox.emptied()
+                    await self._stream.finish()
         except TimeoutError:
             log.warning("events_not_told", count=len(self._outbox), effect="the next SyncRequest tells the same")
 
@@ -196,9 +201,9 @@ class RemoteControl:
         self._met.set()
         log.info("control_plane_connected", address=self._address)
 
-    async def take(self, command: control_pb2.ControlCommand, data: bytes) -> None:
+    async def take(self, head: Head, data: bytes) -> None:
         """Take a command."""
-        await self._commands.take(command, data)
+        await self._commands.take(head, data)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -210,21 +215,22 @@ class RemoteControl:
             await self._pause(pause_s, hurry=hurry)
 
     async def _round(self) -> tuple[float, bool]:
-        """Try each endpoint until one had a stream, for as long as that stood.
+        """Try each endpoint until one had a stream that stood for long; one that comes and goes hides no other.
 
         Returns the pause before the next round, and whether an attach that waits may shorten it.
         """
-        for address in self._settings.url:
+        for index, address in enumerate(self._settings.url):
             began = time.monotonic()
             secrets = self._credentials.current
             synced, too_large, ended = await self._connect(address, secrets)
             if ended:
-                if synced and time.monotonic() - began > STABLE_S:
-                    self._backoff.reset()
                 if too_large:
                     return self._backoff.longest(), False
-                if synced:
+                if synced and time.monotonic() - began > STABLE_S:
+                    self._backoff.reset()
                     break
+                if synced and index + 1 < len(self._settings.url):
+                    await asyncio.sleep(self._rng.uniform(0.0, FIRST_S))  # not the whole fleet at once
             else:  # by ourselves, for new secrets
                 return 0.0, True
         return self._backoff.next(), True
@@ -253,17 +259,20 @@ class RemoteControl:
             if stream.synced:
                 self._last_contact = time.monotonic()
                 self._met.set()
-            self._lose(address, stream)
+            self._lose(address, synced=stream.synced)
             await channel.close()
         return stream.synced, too_large, ended
 
-    def _lose(self, address: str, stream: Stream) -> None:
-        """Let the attaches fail that were announced on a stream that is no more."""
-        if stream.open:
-            self._outbox.lost()
-            told = [one for one in self._commands.awaiting() if not self._outbox.waits(one)]
+    def _lose(self, address: str, *, synced: bool) -> None:
+        """Let the attaches fail that were announced on a stream that is no more; one that never synced was none."""
+        self._outbox.lost()
+        told = [view for view in self._commands.awaiting() if not self._outbox.waits(view.id)]
+        if synced:
             why = f"the stream to the control plane at {address} ended before its SubscribedAck: {self._why}"
-            self._commands.fail(told, f"{why}; try again")
+            self._commands.fail([view.id for view in told], f"{why}; try again")
+        else:  # nobody who knows us has heard of them
+            for view in told:
+                self._outbox.subscribed(view)
 
     def _note_end(self, address: str, stream: Stream, error: EndedError) -> None:
         self._why = str(error)
@@ -312,7 +321,10 @@ class RemoteControl:
         assert self._host is not None  # noqa: S101 - for mypy
         while True:
             await asyncio.sleep(self._settings.heartbeat_interval)
-            self._outbox.heartbeat(Heartbeat(tuple(await self._host.stats())))
+            try:
+                self._outbox.heartbeat(Heartbeat(tuple(await self._host.stats())))
+            except Exception as error:
+                log.exception("heartbeat_failed", error=str(error), effect="the next one comes in time")
 
     async def _watch_contact(self) -> None:
         """Store, now and then, that the control plane is here."""
@@ -322,9 +334,9 @@ class RemoteControl:
                 self._last_contact = time.monotonic()
                 try:
                     await self._host.save_contact()
-                except NetfenceError as error:
+                except Exception as error:  # noqa: BLE001 - it seems older after a restart, that is all
                     log.warning("contact_not_stored", error=str(error))
-            await asyncio.sleep(min(CONTACT_S, self._settings.max_stale / 4))
+            await asyncio.sleep(max(min(CONTACT_S, self._settings.max_stale / 4), CONTACT_LEAST_S))
 
     async def _watch_staleness(self) -> None:
         """Block every attachment when the control plane is away for too long, and end that when it is back."""

@@ -12,10 +12,10 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.message import DecodeError
 
 from netfence.control.events import event_message
 from netfence.control.outbox import Outbox
+from netfence.control.peek import Head, head_of
 from netfence.v1 import control_pb2
 
 CONNECT_S: Final = 5.0
@@ -24,7 +24,11 @@ CONNECT_S: Final = 5.0
 SYNC_ACK_S: Final = 20.0
 """How long a control plane may take to acknowledge a SyncRequest: after its restart a thousand daemons send one."""
 
+WRITE_S: Final = 60.0
+"""How long one event may wait for a peer that does not read: it is of no use to us, and we count it as away."""
+
 CONNECT: Final = "/netfence.v1.ControlPlane/Connect"
+HEALTH: Final = "/grpc.health.v1.Health/Check"
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -50,7 +54,7 @@ class StreamOwner(Protocol):
         """Note that the control plane has acknowledged the SyncRequest."""
         ...
 
-    async def take(self, command: control_pb2.ControlCommand, data: bytes) -> None:
+    async def take(self, head: Head, data: bytes) -> None:
         """Take a command that came as `data`; may wait while there is no room for it."""
         ...
 
@@ -62,8 +66,7 @@ class Stream:
         self._channel, self._metadata, self._owner, self._outbox = channel, metadata, owner, outbox
         self._call: Any = None
         self._synced = asyncio.Event()
-        self._closing = asyncio.Event()
-        self.open = False  # the SyncRequest has been written
+        self._closing, self._ended = asyncio.Event(), asyncio.Event()
 
     @property
     def synced(self) -> bool:
@@ -73,6 +76,12 @@ class Stream:
     def close(self) -> None:
         """End it from our side; `run` returns."""
         self._closing.set()
+
+    async def finish(self) -> None:
+        """Say that nothing more is written and wait until the peer, having read it all, ends the stream."""
+        if self._call is not None:
+            await self._call.done_writing()
+            await self._ended.wait()
 
     async def run(self) -> None:
         """Connect, sync, and serve until it ends. Raises EndedError with the reason; returns after `close`."""
@@ -102,6 +111,7 @@ class Stream:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
+            self._ended.set()
 
     async def _connected(self) -> None:
         """Wait until the channel stands; EndedError as soon as it cannot."""
@@ -117,8 +127,11 @@ class Stream:
             raise EndedError(f"no connection within {CONNECT_S:g} s") from None
 
     async def _tell_why_not(self) -> None:
-        """Raise the reason why the channel failed: a call on it hears it at once."""
-        probe = self._channel.unary_unary(CONNECT, request_serializer=None, response_deserializer=None)
+        """Raise the reason why the channel failed: a call on it hears it at once.
+
+        A harmless call: the channel may have come up meanwhile.
+        """
+        probe = self._channel.unary_unary(HEALTH, request_serializer=None, response_deserializer=None)
         try:
             await probe(b"", timeout=1.0)
         except grpc.aio.AioRpcError as error:
@@ -126,12 +139,19 @@ class Stream:
         raise EndedError("cannot connect")
 
     async def _write(self) -> None:
-        await self._call.write(self._owner.sync_message())
-        self.open = True
+        await self._write_one(self._owner.sync_message())
         while True:
             event = await self._outbox.take()
-            await self._call.write(event_message(event))
+            await self._write_one(event_message(event))
             self._outbox.written()
+
+    async def _write_one(self, message: control_pb2.DaemonEvent) -> None:
+        """Write one event; EndedError when the peer does not take it: keepalive would not notice."""
+        try:
+            async with asyncio.timeout(WRITE_S):
+                await self._call.write(message)
+        except TimeoutError:
+            raise EndedError(f"it has taken nothing of what we write for {WRITE_S:g} s") from None
 
     async def _read(self) -> None:
         while True:
@@ -139,15 +159,14 @@ class Stream:
             if data is grpc.aio.EOF:
                 return
             try:
-                command = control_pb2.ControlCommand.FromString(data)
-            except DecodeError:
+                head = head_of(data)
+            except ValueError:
                 # A command that we cannot read may be a denial: everything is compared anew on the next stream.
                 raise EndedError(f"it sent {len(data)} bytes that are no ControlCommand") from None
-            if command.WhichOneof("command") == "sync_ack":
+            if head.kind == "sync_ack":
                 self._note_sync()
             else:
-                await self._outbox.room()  # an unknown attachment is answered at once
-                await self._owner.take(command, data)
+                await self._owner.take(head, data)
 
     def _note_sync(self) -> None:
         if self.synced:
