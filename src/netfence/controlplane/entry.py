@@ -146,7 +146,6 @@ class Entry:
         self.attachment = attachment
         self.fresh = False
         self.version, self.policy_hash = version, policy_hash
-        self._sent = None
         if self._in_force is not None and not self._reported(self._in_force):
             self._in_force = None
 

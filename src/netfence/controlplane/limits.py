@@ -57,6 +57,10 @@ ARRIVAL_S: Final = 0.5
 MAX_AWAITED_QUERIES: Final = 1000
 """DNS queries that wait so at once; more are refused at once."""
 
+REFUSAL_S: Final = 0.1
+"""How long a call with a wrong token waits for its status: gRPC's aio client forgets the status of a stream that ends
+while it writes, as a daemon does at first. It slows down guessing, too."""
+
 LARGE_BYTES: Final = 256 << 10
 """From this size a message is large: sent to a thousand daemons at once its copies would fill the memory."""
 

@@ -30,12 +30,11 @@ class Push:
         self._done = asyncio.Event()
 
     def settle(self, entry: Waiting, result: Result) -> None:
-        """Take a result; the first one counts."""
-        if self._results[entry] is None:
-            self._results[entry] = result
-            self._open -= 1
-            if not self._open:
-                self._done.set()
+        """Take a result, of which each entry gives one."""
+        self._results[entry] = result
+        self._open -= 1
+        if not self._open:
+            self._done.set()
 
     async def wait(self, timeout_s: float) -> Results:
         """Return the results when all are there, or when the time is over: PENDING for those who did not answer."""

@@ -24,7 +24,7 @@ from netfence.api.unix_socket import SocketPlace
 from netfence.controlplane.book import Book
 from netfence.controlplane.entry import Entry
 from netfence.controlplane.hush import Hush
-from netfence.controlplane.limits import ARRIVAL_S, MAX_LARGE_WRITES, Limits
+from netfence.controlplane.limits import ARRIVAL_S, MAX_LARGE_WRITES, REFUSAL_S, Limits
 from netfence.controlplane.session import Session
 from netfence.controlplane.tls import ServerTls, TlsFiles
 from netfence.controlplane.tokens import TokenCheck
@@ -141,6 +141,7 @@ class Servicer:
                     token = self._tokens.accepted(value)
             if token is None:
                 hush.warning("token_refused", address=address)
+                await asyncio.sleep(REFUSAL_S)
                 await _abort(context, "UNAUTHENTICATED", "no valid bearer token; set control_plane.token_file")
         return Peer(address, _certificate_names(context.auth_context()), token or "")
 

@@ -60,6 +60,21 @@ def test_what_is_in_force_stays_while_policy_for_fails() -> None:
     run(test())
 
 
+def test_original_daemon_is_sent_nothing_again_while_policy_for_fails() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}, old=True) as daemon:
+            await until(lambda: all_are(plane, State.UNCONFIRMED, 1))
+            policies.default = RuntimeError("data base gone")
+            await plane.update()
+            await until(lambda: len(policies.asked) > 3)
+            policies.default = OPEN
+            await daemon.until(lambda: daemon.applied["a"] == OPEN.rules)
+            assert len(daemon.commands) == 2
+
+    run(test())
+
+
 def test_failures_are_tried_again_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deciding, "RETRY_MOST_S", 0.3)
 
@@ -71,7 +86,7 @@ def test_failures_are_tried_again_ever_more_rarely(monkeypatch: pytest.MonkeyPat
             raise ValueError
 
         async with serving(policy_for) as plane, FakeDaemon(plane.address, {"a": {}}):
-            await until(lambda: len(times) >= 8)
+            await until(lambda: len(times) >= 9)
         gaps = [after - before for before, after in itertools.pairwise(times)]
         assert gaps[0] < 0.1
         assert max(gaps[3:]) > 3 * gaps[0]

@@ -92,6 +92,10 @@ WHOLE = {
         Policy("allowlist", allow=TIMED),
         Policy("allowlist", allow=TIMED, deny=["10.0.0.0/8"]),
     ),
+    "allow beside a deny with a TTL": (
+        Policy("allowlist", deny=TIMED),
+        Policy("allowlist", deny=TIMED, allow=["10.0.0.0/8"]),
+    ),
     "mode while an entry has a TTL": (Policy("allowlist", allow=TIMED), Policy("denylist", allow=TIMED)),
     "DNS mode while an entry has a TTL": (
         Policy("allowlist", allow=TIMED, dns=names()),

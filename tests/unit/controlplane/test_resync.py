@@ -246,6 +246,7 @@ def test_subscribed_is_answered_before_what_others_wait_for() -> None:
                 await until(lambda: "new" in states(plane))
                 policies.gate.set()
                 await until(lambda: all_are(plane, State.IN_SYNC, 201))
+            assert policies.asked.index("new") < 20
             assert daemon.kinds().index("subscribed_ack") < 100
 
     run(test())
