@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from tests.unit.controlplane.fake_daemon import Event, FakeDaemon, until
-from tests.unit.controlplane.harness import OPEN, WEB, Policies, all_are, run, serving
+from tests.unit.controlplane.harness import OPEN, SHUT, WEB, Policies, all_are, run, serving
 
 from netfence.controlplane import ControlPlane, Limits, State
 from netfence.controlplane import session as session_module
@@ -233,6 +233,7 @@ def test_same_attachment_subscribed_twice_is_answered_twice() -> None:
             await daemon.attach("twice")
             await daemon.until(lambda: daemon.kinds("twice").count("subscribed_ack") >= 1)
             await until(lambda: all_are(plane, State.IN_SYNC, 3))
+            assert len(await plane.update("twice")) == 1
 
     run(test())
 
@@ -241,6 +242,12 @@ def test_newest_connection_of_a_daemon_wins() -> None:
     async def test() -> None:
         async with unimpressed() as plane, FakeDaemon(plane.address, {"twin": {}}, daemon_id="twin") as one:
             await until(lambda: all_are(plane, State.IN_SYNC, 2))
+            one.answers = False  # a command is under way on the old stream
+            policies = plane._policy_for
+            assert isinstance(policies, Policies)
+            policies.by_id["twin"] = SHUT
+            await plane.update("twin", timeout_s=0.01)
+            await one.until(lambda: len(one.commands) == 2)
             other = FakeDaemon(plane.address, {"twin": {}}, daemon_id="twin", hostname="host-2")
             async with other:
                 await one.until(lambda: one.status is grpc.StatusCode.ABORTED)

@@ -76,22 +76,115 @@ def test_original_daemon_is_sent_nothing_again_while_policy_for_fails() -> None:
 
 
 def test_failures_are_tried_again_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deciding, "RETRY_MOST_S", 0.3)
+    jitter: list[tuple[float, float]] = []
+
+    def most(least: float, most: float) -> float:
+        jitter.append((least, most))
+        return most
 
     async def test() -> None:
-        times: list[float] = []
+        policies = Policies(ValueError("x"))
+        with structlog.testing.capture_logs() as logs:
+            async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}):
+                await until(lambda: len(policies.asked) >= 5)
+        delays = [entry["retry_s"] for entry in logs if entry["event"] == "policy_for_failed"]
+        assert delays[:5] == [0.1, 0.2, 0.4, 0.4, 0.4]
+        assert set(jitter) == {(0.5, 1)}
 
-        async def policy_for(_: Attachment) -> Policy:
-            times.append(asyncio.get_running_loop().time())
-            raise ValueError
+    monkeypatch.setattr(deciding, "RETRY_FIRST_S", 0.1)
+    monkeypatch.setattr(deciding, "RETRY_MOST_S", 0.4)
+    monkeypatch.setattr("random.uniform", most)
+    monkeypatch.setattr(deciding, "hush", Hush(structlog.get_logger("test")))
+    run(test())
 
-        async with serving(policy_for) as plane, FakeDaemon(plane.address, {"a": {}}):
-            await until(lambda: len(times) >= 9)
-        gaps = [after - before for before, after in itertools.pairwise(times)]
-        assert gaps[0] < 0.1
-        assert max(gaps[3:]) > 3 * gaps[0]
-        assert all(gap >= 0.009 for gap in gaps)
-        assert gaps[-1] < 1.0
+
+def test_question_asked_during_a_second_try_is_not_lost() -> None:
+    async def test() -> None:
+        policies = Policies(ValueError("x"))
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}) as daemon:
+            await until(lambda: len(policies.asked) >= 2)
+            policies.gate.clear()
+            await until(lambda: policies.waiting)
+            update = asyncio.ensure_future(plane.update())
+            await asyncio.sleep(0)
+            policies.default = WEB
+            policies.gate.set()
+            assert (await update).ok
+            assert daemon.applied["a"] == WEB.rules
+
+    run(test())
+
+
+def test_nothing_is_asked_about_a_daemon_that_went() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        policies.gate.clear()
+        policies.held = {"a"}
+        limits = Limits(decisions_per_daemon=1)
+        many: dict[str, dict[str, str]] = {"a": {}, "b": {}, "c": {}}
+        async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address, many) as daemon:
+            await until(lambda: policies.waiting)
+            await daemon.drop()
+            await until(lambda: all_are(plane, State.DISCONNECTED, 3))
+            policies.gate.set()
+            async with FakeDaemon(plane.address, {"d": {}}, daemon_id="other"):
+                await until(lambda: states(plane)["d"] is State.IN_SYNC)
+            assert policies.asked == ["a", "d"]
+
+    run(test())
+
+
+def test_questions_that_waited_when_the_daemon_went_are_asked_when_it_is_back() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        policies.gate.clear()
+        policies.held = {"a"}
+        limits = Limits(decisions_per_daemon=1)
+        many: dict[str, dict[str, str]] = {"a": {}, "b": {}, "c": {}}
+        async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address, many) as daemon:
+            await until(lambda: policies.waiting)
+            await daemon.connect()
+            await until(lambda: daemon.synced)
+            policies.gate.set()
+            await until(lambda: all_are(plane, State.IN_SYNC, 3))
+
+    run(test())
+
+
+def test_attachment_that_goes_before_its_turn_holds_up_nobody() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        policies.gate.clear()
+        policies.held = {"a"}
+        limits = Limits(decisions_per_daemon=1)
+        many: dict[str, dict[str, str]] = {"a": {}, "b": {}, "c": {}}
+        async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address, many) as daemon:
+            await until(lambda: policies.waiting)
+            await daemon.detach("b")
+            await until(lambda: "b" not in states(plane))
+            policies.gate.set()
+            await until(lambda: all_are(plane, State.IN_SYNC, 2))
+            assert policies.asked == ["a", "c"]
+
+    run(test())
+
+
+def test_answers_without_waiting_leave_the_loop_to_others() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        many: dict[str, dict[str, str]] = {f"a{number}": {} for number in range(500)}
+        limits = Limits(decisions=1)
+        async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address, many):
+            await until(lambda: all_are(plane, State.IN_SYNC, 500))
+            seen = [0]
+            policies.asked.clear()
+            assert plane._deciders is not None
+            for entry in plane._book.entries():
+                plane._deciders.ask(entry)
+            while len(policies.asked) < 500:
+                await asyncio.sleep(0)
+                seen.append(len(policies.asked))
+            assert max(after - before for before, after in itertools.pairwise(seen)) < 50
 
     run(test())
 
