@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
+
+from netfence.errors import InvalidError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,17 @@ class Limits:
     max_calls_per_connection: int = 2048
     """Calls at once on one connection: its stream and its DNS queries, of which a daemon of ours has at most 1024. At
     the very bound gRPC refuses some instead of letting them wait."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidError for bounds that would let nothing happen."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        faults = [
+            f"{name}: {value} is not allowed; it must be more than 0"
+            for name, value in given.items()
+            if not value > 0 and (name, value) != ("forget_after_s", 0)
+        ]
+        if faults:
+            raise InvalidError(faults)
 
 
 BURST_S: Final = 10.0

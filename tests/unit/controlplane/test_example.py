@@ -8,12 +8,14 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from tests.unit.controlplane.fake_daemon import FakeDaemon
 from tests.unit.controlplane.harness import run
 
+from netfence.controlplane import Attachment, ControlPlane, Daemon
 from netfence.policy.modes import Mode
 
 EXAMPLE = Path(__file__).parents[3] / "examples/controlplane"
@@ -74,6 +76,19 @@ def test_example_serves_its_file_and_follows_it(tmp_path: Path) -> None:
 
 def test_example_is_short() -> None:
     assert len((EXAMPLE / "control_plane.py").read_text().splitlines()) < 100
+
+
+def test_guide_begins_with_a_program_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(ControlPlane, "run", lambda _plane, address: served.append(address))
+    text = (EXAMPLE.parents[1] / "docs/control-plane.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert served == ["127.0.0.1:7443"]
+    build = Attachment("a", "veth0", Daemon("d"), {"role": "build"})
+    assert asyncio.run(names["policy_for"](build)).rules.mode is Mode.ALLOWLIST
+    assert asyncio.run(names["policy_for"](Attachment("a", "veth0", Daemon("d")))).rules.mode is Mode.BLOCK_ALL
 
 
 @pytest.mark.parametrize("name", ["control_plane.py", "policies.yaml"])
