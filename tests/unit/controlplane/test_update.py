@@ -332,6 +332,24 @@ def test_daemon_that_reads_nothing_is_disconnected() -> None:
     run(test())
 
 
+def test_original_daemon_that_reads_nothing_is_disconnected() -> None:
+    """It owes no results that could be missed; what tells is that nothing can be written."""
+
+    async def test() -> None:
+        large = Policy("denylist", deny=[f"10.{n >> 8}.{n & 255}.0/24" for n in range(20_000)])
+        limits = Limits(result_timeout_s=0.5)
+        many: dict[str, dict[str, str]] = {f"a{number}": {} for number in range(20)}
+        async with serving(Policies(large), limits=limits) as plane:
+            daemon = FakeDaemon(plane.address, many, old=True)
+            await daemon.connect()
+            daemon.reads.clear()
+            await until(lambda: plane.daemons)
+            await until(lambda: not plane.daemons[0].connected)
+            await daemon.drop()
+
+    run(test())
+
+
 def test_large_policies_go_out_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr(session_module, "LARGE_BYTES", 0)
