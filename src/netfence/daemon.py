@@ -163,7 +163,7 @@ class _Process:
                 await api.close(GRACE_S)
             if config.enforcement.on_shutdown == "detach":
                 await _end_all(lifecycle, detach=True)  # here, while the control plane can be told
-                await parts.control.drain()
+            await parts.control.drain()
             background.cancel()
 
 

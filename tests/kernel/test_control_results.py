@@ -101,22 +101,40 @@ def test_only_a_nonce_gets_a_result(stage: Stage, workload: Workload, fenced: At
 def test_commands_take_effect_in_order_and_each_has_its_result(
     stage: Stage, workload: Workload, fenced: Attached
 ) -> None:
+    """Version and hash of a result belong together: the command's own, or a later one's that was applied with it."""
     since = len(stage.plane.seen)
     stage.good(commands.bulk(fenced.id, "allowlist", version="begin"))
+    rules: dict[str, set[str]] = {"allow": set(), "deny": set()}
+    hashes = {"begin": commands.policy_hash("allowlist")}
     sent = []
     for number in range(60):
-        rule = commands.remove_cidr if number % 3 == 2 else (commands.deny_cidr, commands.allow_cidr)[number % 3]
-        command = rule(fenced.id, NET4 if number % 2 else NET6, version=str(number), nonce=f"order-{number}")
-        if number % 7 == 6:
-            command = commands.allow_cidr(fenced.id, "bad", version=str(number), nonce=f"order-{number}")
-        sent.append(command)
+        cidr, kind = NET4 if number % 2 else NET6, ("deny", "allow", "remove")[number % 3]
+        bad = number % 7 == 6
+        make = {"deny": commands.deny_cidr, "allow": commands.allow_cidr, "remove": commands.remove_cidr}[kind]
+        sent.append(make(fenced.id, "bad" if bad else cidr, version=str(number), nonce=f"order-{number}"))
+        if bad:
+            continue
+        for name, listed in rules.items():
+            if name == kind:
+                listed.add(cidr)
+            elif kind == "remove":
+                listed.discard(cidr)
+        hashes[str(number)] = commands.policy_hash("allowlist", rules["allow"], rules["deny"])
     stage.plane.send(*sent)
-    stage.good(commands.bulk(fenced.id, "allowlist", [NET4], version="end"))
-    results = [seen.body for seen in stage.plane.events("command_result", since=since)][1:-1]
+    stage.plane.wait_event("command_result", nonce="order-59")
+    results = [seen.body for seen in stage.plane.events("command_result", since=since)][1:]
     assert [result.nonce for result in results] == [command.nonce for command in sent]
+    versions = list(hashes)
+    at = 0
     for number, result in enumerate(results):
         assert result.ok == (number % 7 != 6)
-        assert result.version == str(number) or not result.ok
+        assert result.policy_hash == hashes[result.version], number
+        assert versions.index(result.version) >= at
+        at = versions.index(result.version)
+        if result.ok:
+            assert at >= versions.index(str(number))
+    assert results[-1].version == "59"
+    stage.good(commands.bulk(fenced.id, "allowlist", [NET4], version="end"))
     assert stage.reach(workload) == ONLY4
 
 

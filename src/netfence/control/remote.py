@@ -83,6 +83,7 @@ class RemoteControl:
         self._stale = self._followed = False  # what it has to be, and what all attachments have been told
         self._unwaited: set[str] = set()  # attached without waiting; perhaps not acked yet
         self._met = asyncio.Event()  # the SyncAck came, or the stream went
+        self._came = asyncio.Event()  # the SyncAck came
 
     # -- what the daemon asks -----------------------------------------------------------------------------------------
 
@@ -130,10 +131,12 @@ class RemoteControl:
         await self._credentials.reload()
 
     async def drain(self) -> None:
-        """Give the last events a moment to be written."""
+        """Give the last events a moment to be told, and store that the control plane was here until now."""
+        if self._state is ConnectionState.CONNECTED:
+            await self._store_contact()
         try:
             async with asyncio.timeout(DRAIN_S):
-                if self._stream is not None:
+                if self._stream is not None and len(self._outbox):
                     await self._outbox.emptied()
                     await self._stream.finish()
         except TimeoutError:
@@ -199,6 +202,7 @@ class RemoteControl:
         self._state = ConnectionState.CONNECTED
         self._last_contact = time.monotonic()
         self._met.set()
+        self._came.set()
         log.info("control_plane_connected", address=self._address)
 
     async def take(self, head: Head, data: bytes) -> None:
@@ -327,16 +331,26 @@ class RemoteControl:
                 log.exception("heartbeat_failed", error=str(error), effect="the next one comes in time")
 
     async def _watch_contact(self) -> None:
-        """Store, now and then, that the control plane is here."""
-        assert self._host is not None  # noqa: S101 - for mypy
+        """Store that the control plane is here: when it comes, and now and then."""
         while self._settings.max_stale:
+            self._came.clear()
             if self._state is ConnectionState.CONNECTED:
-                self._last_contact = time.monotonic()
-                try:
-                    await self._host.save_contact()
-                except Exception as error:  # noqa: BLE001 - it seems older after a restart, that is all
-                    log.warning("contact_not_stored", error=str(error))
-            await asyncio.sleep(max(min(CONTACT_S, self._settings.max_stale / 4), CONTACT_LEAST_S))
+                await self._store_contact()
+            try:
+                async with asyncio.timeout(max(min(CONTACT_S, self._settings.max_stale / 4), CONTACT_LEAST_S)):
+                    await self._came.wait()
+            except TimeoutError:
+                pass
+
+    async def _store_contact(self) -> None:
+        assert self._host is not None  # noqa: S101 - for mypy
+        self._last_contact = time.monotonic()
+        if not self._settings.max_stale:
+            return
+        try:
+            await self._host.save_contact()
+        except Exception as error:  # noqa: BLE001 - it seems older after a restart, that is all
+            log.warning("contact_not_stored", error=str(error))
 
     async def _watch_staleness(self) -> None:
         """Block every attachment when the control plane is away for too long, and end that when it is back."""
