@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import control_commands as commands
-from control_stage import BOTH, NET4, NET6, NONE, ONLY4, ONLY6, Stage, staged
+from control_stage import BOTH, NET4, NET6, NONE, ONLY4, ONLY6, Stage, nothing_left, staged
 from harness.controlplane import Command
+from harness.daemon import host_port
 from harness.deadline import wait_for
 from harness.topology import Topology, Workload
-from netfence.api.client import RefusedError
+from netfence.api.client import RefusedError, UnreachableError
 
 API_S = 1.0
 
@@ -148,3 +149,20 @@ def test_killed_amid_a_large_update(stage: Stage, workload: Workload, after_s: f
     assert (listed.policy_hash == old) == (listed.policy_version == "old")
     assert stage.reach(workload) == (NONE if listed.policy_version == "old" else ONLY4)
     stage.daemon.detach(attached.id)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_the_daemon_ends_while_an_attach_waits(stage: Stage, workload: Workload, how: str) -> None:
+    """The next one finds nothing of it, or takes it away; nobody is told of an attachment that never was."""
+    stream = stage.plane.stream
+    with stage.attaching(workload) as (subscribed, future):
+        getattr(stage.daemon, how)()
+        assert isinstance(future.exception(), UnreachableError | RefusedError)
+        assert stage.reach(workload) == (BOTH if how == "stop" else NONE)
+    stage.daemon.start()
+    stage.connected()
+    sync = stage.plane.wait_event("sync", stream=stream + 1)
+    assert list(sync.attachments) == []
+    stage.plane.settle()
+    assert not stage.plane.events("subscribed", stream=stream + 1)
+    nothing_left(stage, workload, host_port(subscribed.dns_address))
