@@ -1,12 +1,16 @@
-"""The README's session is what the commands really print."""
+"""The README's sessions are what the commands really print."""
 
 from __future__ import annotations
+
+import pytest
 
 import readme_session
 
 
-def test_the_readmes_session_is_real() -> None:
-    assert readme_session.normal(readme_session.session()) == readme_session.normal(readme_session.in_readme())
+@pytest.mark.parametrize("name", readme_session.SESSIONS)
+def test_the_readmes_session_is_real(name: str) -> None:
+    now = readme_session.SESSIONS[name]()
+    assert readme_session.normal(now) == readme_session.normal(readme_session.in_readme(name))
 
 
 def test_ids_and_numbers_may_differ_and_words_may_not() -> None:
