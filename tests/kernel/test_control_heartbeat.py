@@ -135,6 +135,7 @@ def test_only_the_newest_waits_for_the_stream(stage: Stage, workload: Workload, 
     assert len([beat for beat in beats if beat.at < sync.at + INTERVAL_S / 2]) <= 2
 
 
+@pytest.mark.timeout(150)
 def test_only_the_newest_waits_for_a_peer_that_does_not_read(fresh: Fresh, tmp_path: Path) -> None:
     """Heartbeats of 60 attachments fill what HTTP/2 takes; then they are left out, and Unsubscribed are not."""
     topology = fresh.topology()

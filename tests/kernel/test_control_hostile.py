@@ -174,6 +174,7 @@ def test_a_command_of_4_megabytes(stage: Stage, workload: Workload, survived: Su
         assert stage.reach(workload) == ONLY6
 
 
+@pytest.mark.timeout(150)
 def test_a_message_larger_than_the_limit(fresh_stage: Stage) -> None:
     stage = fresh_stage
     workload = stage.topology.add_veth()
@@ -236,6 +237,7 @@ def test_a_peer_that_commands_and_does_not_read(stage: Stage, workload: Workload
         assert rss_mb(stage) < RSS_MB
 
 
+@pytest.mark.timeout(150)
 def test_refusals_that_nobody_reads_are_bounded(stage: Stage, survived: Survived) -> None:
     """Twenty thousand faults in each of 90 commands, and a peer that does not want to hear of any."""
     with survived() as attached:

@@ -44,6 +44,7 @@ def more_than(seen: list[tuple[int, int]], count: int) -> bool:
     return len(seen) > count
 
 
+@pytest.mark.timeout(150)
 def test_everything_is_blocked_until_it_is_back(fresh: Fresh, tmp_path: Path) -> None:
     """Also over a kill -9 of the daemon, and without any command at the end: the policy was kept."""
     topology = fresh.topology()
@@ -118,8 +119,6 @@ def test_the_daemon_was_down_for_too_long(fresh: Fresh, tmp_path: Path) -> None:
     workload, spare = topology.add_veth(), topology.add_veth()
     with staged(topology, tmp_path / "daemon", max_stale=1, stale_action="block_all") as stage:
         stage.attach(workload, commands.ack(allow=[NET4]))
-        met = time.monotonic()
-        wait_for(lambda: time.monotonic() > met + 0.5, "the daemon to have stored that it was here")
         stage.daemon.kill()
         stage.plane.kill()
         gone = time.monotonic()
