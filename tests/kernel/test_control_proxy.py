@@ -21,6 +21,7 @@ from harness.unbound import Unbound
 
 QUERY_S = 2.0
 SO_RCVBUFFORCE = 33
+MAX_LEASE_S = 86_400
 GIVEN4, GIVEN6 = "203.0.113.81", "2001:db8:b::81"
 PROXY = commands.dns("proxy")
 ALLOWED, LEARNED, DENIED = commands.decision(), commands.decision(learn=True), commands.decision(False)
@@ -135,6 +136,44 @@ def test_what_the_control_plane_is_asked(stage: Stage, agent: Agent, fenced: Att
     assert [(request.domain, request.query_type) for request in requests] == [
         ("mixed.test.", "A"), ("good.test.", "AAAA"), ("good.test.", "HTTPS"), ("_a._tcp.test.", "SRV"),
     ]  # fmt: skip
+
+
+def test_what_else_a_decision_may_say(stage: Stage, workload: Workload, agent: Agent, fenced: Attached) -> None:
+    far = 2**32 - 1
+    stage.plane.on_query(
+        {
+            "mapped.test.": commands.decision(learn=True, ips=[f"::ffff:{OUT4}"]),
+            "denied.test.": commands.decision(False, learn=True, ips=[OUT6]),
+            "far.test.": commands.decision(ips=[OUT4], ttl_s=far),
+            "many.test.": commands.decision(learn=True, ips=[f"2001:db8:77::{number:x}" for number in range(2000)]),
+        }
+    )
+    assert ask(agent, fenced.dns, "mapped.test") == (NOERROR, [OUT4])
+    assert stage.reach(workload) == ONLY4
+    assert ask(agent, fenced.dns, "denied.test", "AAAA") == (REFUSED, [])
+    assert ask(agent, fenced.dns, "many.test", "AAAA") == (SERVFAIL, [])
+    assert stage.reach(workload) == ONLY4
+    (record,) = agent.query(fenced.dns, "far.test").rr
+    assert record.ttl <= MAX_LEASE_S
+
+
+def test_block_all_does_not_ask(stage: Stage, agent: Agent, fenced: Attached) -> None:
+    stage.plane.on_query({"blocked.test.": commands.decision(ips=[OUT4])})
+    stage.good(commands.set_mode(fenced.id, "block_all"))
+    assert ask(agent, fenced.dns, "blocked.test") == (REFUSED, [])
+    assert asked(stage, "blocked.test") == 0
+    stage.good(commands.set_mode(fenced.id, "allowlist"))
+    assert ask(agent, fenced.dns, "blocked.test") == (NOERROR, [OUT4])
+
+
+def test_audit_answers_what_is_denied(stage: Stage, workload: Workload, agent: Agent, fenced: Attached) -> None:
+    """It is resolved and counted as denied, and nothing opens."""
+    stage.plane.on_query({"good.test.": DENIED})
+    stage.good(commands.bulk(fenced.id, dns=PROXY, audit=True))
+    assert ask(agent, fenced.dns, "good.test") == (NOERROR, [OUT4])
+    stage.good(commands.bulk(fenced.id, dns=PROXY))
+    assert stage.reach(workload) == NONE
+    assert ask(agent, fenced.dns, "good.test") == (REFUSED, [])
 
 
 # -- how long a decision holds -----------------------------------------------------------------------------------------

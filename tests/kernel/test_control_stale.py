@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import control_commands as commands
-from control_stage import NET4, NOERROR, NONE, ONLY4, OUT4, REFUSED, Stage, ask, staged
+from control_stage import NET4, NOERROR, NONE, ONLY4, OUT4, REFUSED, Stage, ask, daemon_of, staged
+from harness.controlplane import ControlPlaneProcess
 from harness.deadline import wait_for
 from harness.fresh import Fresh
 from harness.topology import Workload
@@ -72,8 +73,13 @@ def test_everything_is_blocked_until_it_is_back(fresh: Fresh, tmp_path: Path) ->
                 stage.daemon.start()
                 wait_for(partial(more_than, seen, 5), "some packets")
             assert set(seen) == {NONE}
+        stage.plane.on_sync()  # it is there, and says nothing yet
         stage.plane.start()
-        stage.hurry(spare)
+        stage.plane.on_subscribed(commands.ack(mode="block_all"))
+        stage.daemon.attach(interface=spare.host_if)
+        stage.plane.wait_event("sync", stream=stage.plane.stream)
+        assert stage.reach(workload) == NONE
+        stage.plane.send(commands.SYNC_ACK)
         wait_for(lambda: stage.reach(workload) == ONLY4, "it to be open again", SLACK_S)
         assert ask(agent, attached.dns, "good.test") == (NOERROR, [OUT4])
         info = stage.daemon.info(attached.id)
@@ -111,6 +117,27 @@ def test_a_short_absence_is_not_stale(fresh: Fresh, tmp_path: Path) -> None:
             stage.connected()
         assert set(seen) == {ONLY4}
         assert not stage.daemon.events("control_plane_stale")
+
+
+def test_what_is_attached_while_it_is_stale_is_blocked(fresh: Fresh, tmp_path: Path) -> None:
+    """Whatever `start_mode` says: until the control plane is back."""
+    topology = fresh.topology()
+    workload, spare = topology.add_veth(), topology.add_veth()
+    plane = ControlPlaneProcess(topology.host)
+    with ExitStack() as stack:
+        stack.callback(plane.kill)
+        more = {"enforcement": {"start_mode": "disabled"}}
+        settings = {"max_stale": 1, "stale_action": "block_all", "subscribe_ack_timeout": 0}
+        daemon = stack.enter_context(daemon_of(plane, topology, tmp_path / "daemon", more, **settings))
+        stage = Stage(topology, plane, daemon)
+        daemon.wait_event("control_plane_stale")
+        attached = daemon.attach(interface=workload.host_if)
+        assert stage.reach(workload) == NONE
+        plane.start()
+        plane.on_subscribed(commands.ack(allow=[NET4]), target=workload.host_if)
+        stage.hurry(spare)
+        plane.wait_event("subscribed", id=attached.id)
+        wait_for(lambda: stage.reach(workload) == ONLY4, "its policy to be in force")
 
 
 def test_the_daemon_was_down_for_too_long(fresh: Fresh, tmp_path: Path) -> None:
