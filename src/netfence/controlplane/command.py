@@ -29,7 +29,7 @@ from netfence import log as logs
 from netfence.control.filewatch import FileWatch
 from netfence.controlplane import status
 from netfence.controlplane.filepolicies import FilePolicies
-from netfence.controlplane.plane import ControlPlane
+from netfence.controlplane.plane import ControlPlane, raise_open_files
 from netfence.controlplane.tls import ServerTls
 from netfence.controlplane.tokens import token_file
 
@@ -71,6 +71,7 @@ def run(options: Options) -> int:
         stream = tail if sys.stderr.isatty() else None  # in a file it is wanted whole
         screen = Page(tail)
     logs.set_up("info", "console" if stream is not None else "auto", stream)
+    raise_open_files()
     return uvloop.run(_Process(options, screen).main())
 
 

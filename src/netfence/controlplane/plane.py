@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TypeAlias
@@ -122,6 +123,7 @@ class ControlPlane:
             async with self.serving(address, tls=tls, tokens=tokens, insecure=insecure):
                 await stopped.wait()
 
+        raise_open_files()
         uvloop.run(serve())
 
     @property
@@ -193,6 +195,12 @@ class ControlPlane:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._book.sweep()
+
+
+def raise_open_files() -> None:
+    """Allow this process as many open files as it may have: every daemon is one, and 1024 is a common soft limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _report(work: asyncio.Task[None]) -> None:

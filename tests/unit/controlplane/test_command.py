@@ -47,6 +47,10 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
+def read(path: Path) -> str:
+    return path.read_text()
+
+
 def write(path: Path, text: str) -> None:
     path.write_text(text)
 
@@ -319,6 +323,24 @@ def test_page_on_a_terminal(policy: Path) -> None:
             os.close(ours)
             if process.returncode is None:
                 process.kill()
+
+    run(test())
+
+
+def test_many_daemons_need_many_open_files(policy: Path) -> None:
+    async def test() -> None:
+        script = 'ulimit -Sn 256 && exec "$0" controlplane --policy "$1" --listen unix:"$1".s'
+        process = await asyncio.create_subprocess_exec(
+            "bash", "-c", script, NETFENCED, str(policy), stderr=asyncio.subprocess.DEVNULL
+        )
+        try:
+            await until(policy.with_name("policy.yaml.s").exists)
+            limits = read(Path(f"/proc/{process.pid}/limits"))
+            soft, hard = re.search(r"Max open files +(\d+) +(\d+)", limits).groups()  # type: ignore[union-attr]
+            assert soft == hard
+        finally:
+            process.kill()
+            await process.wait()
 
     run(test())
 

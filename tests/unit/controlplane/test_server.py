@@ -299,7 +299,9 @@ def test_empty_tokens_are_refused(tokens: str | list[str] | set[str]) -> None:
         TokenCheck(tokens)
 
 
-@pytest.mark.parametrize("header", ["right", "Custom right", "Basic right", "Bearer", "Bearer ", "Bearer right ", "bearer  right"])
+@pytest.mark.parametrize(
+    "header", ["right", "Custom right", "Basic right", "Bearer", "Bearer ", "Bearer right ", "bearer  right"]
+)
 def test_other_forms_of_the_header_are_not_accepted(header: str) -> None:
     assert TokenCheck("right").accepted(header) is None
     assert TokenCheck("right").accepted("bearer right") == "right"
