@@ -1,9 +1,9 @@
 """One attachment as the control plane knows it: what it should have, what it has, and what is to be sent for that.
 
-A state machine: events in (decided, answered, lost), the next command out. It waits for nothing. A stream is a `Link` to
-it, and what is the same for all attachments of a daemon is in its `Record`. Only the newest wanted policy is kept, and
-one command at a time is under way, so an attachment costs the same however often it changes and however slow its daemon
-is.
+A state machine: events in (decided, answered, lost), the next command out. It waits for nothing. A stream is a `Link`
+to it, and what is the same for all attachments of a daemon is in its `Record`. Only the newest wanted policy is kept,
+and one command at a time is under way, so an attachment costs the same however often it changes and however slow its
+daemon is.
 
 What counts as "in force": a policy that this daemon confirmed by a result, or that it reported on connecting by version
 *and* hash. The hash alone does not do: it leaves out entries with a TTL, so a policy whose only change was to lose an
