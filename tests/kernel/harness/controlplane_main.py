@@ -158,7 +158,7 @@ class Plane:
             self.saw("closed", stream=number, how=how)
 
     async def _read(self, stream: Stream) -> None:
-        with suppress(grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError):
+        with suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
             while True:
                 await self._reading.wait()
                 data = await stream.context.read()
@@ -183,7 +183,7 @@ class Plane:
 
     async def _reply(self, stream: Stream, commands: list[bytes], attachment_id: str, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        with suppress(grpc.aio.UsageError, grpc.RpcError, asyncio.InvalidStateError):  # the stream has ended meanwhile
+        with suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):  # the stream has ended meanwhile
             for data in commands:
                 command = control_pb2.ControlCommand.FromString(data)
                 command.id = command.id or attachment_id
