@@ -22,9 +22,9 @@ from netfence.control.inbox import Inbox
 from netfence.control.outbox import Outbox, Result
 from netfence.control.peek import Head, entries_of
 from netfence.control.port import AttachmentView, ControlHost, FirstPolicy
-from netfence.errors import InvalidError, NetfenceError, NotFoundError, UnavailableError
+from netfence.errors import ExhaustedError, InvalidError, NetfenceError, NotFoundError, UnavailableError
 from netfence.log import LogLimit
-from netfence.policy.commands import BulkUpdate, Command, refuse_too_many
+from netfence.policy.commands import BulkUpdate, Command
 from netfence.policy.limits import MAX_CIDR_RULES, MAX_DOMAIN_RULES, MAX_ERROR_TEXT
 from netfence.policy.modes import Mode
 from netfence.policy.prefix import shown
@@ -276,8 +276,10 @@ def _read(data: bytes) -> Command:
     try:
         if len(data) >= COUNTED_BYTES:
             most = MAX_CIDR_RULES + MAX_DOMAIN_RULES
-            if (count := entries_of(data, most)) > most:
-                refuse_too_many(count, 0)
+            if entries_of(data, most) > most:
+                raise ExhaustedError(
+                    f"more than {most} CIDRs and domains: an attachment may have {MAX_CIDR_RULES} of each"
+                )
         return command_of(control_pb2.ControlCommand.FromString(data))
     except (DecodeError, ValueError) as error:
         raise InvalidError(f"command: {len(data)} bytes that cannot be read: {error}") from None
