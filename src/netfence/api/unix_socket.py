@@ -47,15 +47,18 @@ class _Inode:
 class SocketPlace:
     """One socket's way from its private name to its final one and away again. Not for use by several threads."""
 
-    def __init__(self, path: Path, group: str | None) -> None:
+    def __init__(self, path: Path, group: str | None, setting: str = "`socket` or --socket") -> None:
         """Check `path` and `group` and make the private directory; nothing that exists is touched.
+
+        `setting` is what error messages name as the place where the path was chosen.
 
         Raises InvalidError for a path that is too long or an unknown group, NotFoundError for a missing directory,
         PreconditionError for a path in use, PermissionDeniedError where the directory is not ours to write.
         """
         self.path = path.absolute()
+        self._setting = setting
         self._gid = _group_id(group) if group else None
-        _check_length(self.path)
+        _check_length(self.path, setting)
         self._stale = self._probe()
         private = self.path.parent / f".n{secrets.token_urlsafe(4)[:5]}"
         try:
@@ -139,26 +142,26 @@ class SocketPlace:
 
     def _in_use(self, why: str) -> PreconditionError:
         return PreconditionError(
-            f"listen on socket {self.path}: {why}; stop that process, or choose another path with `socket` or --socket"
+            f"listen on socket {self.path}: {why}; stop that process, or choose another path with {self._setting}"
         )
 
     def _failure(self, error: OSError) -> NetfenceError:
         what = f"listen on socket {self.path}: {os.strerror(error.errno or 0).lower()}"
         match error.errno:
             case errno.ENOENT | errno.ENOTDIR:
-                return NotFoundError(f"{what}; create the directory {self.path.parent} or set `socket`")
+                return NotFoundError(f"{what}; create the directory {self.path.parent} or another path with {self._setting}")
             case errno.EACCES | errno.EPERM:
-                return PermissionDeniedError(f"{what}; run as root, or set `socket` to a directory that you may write")
+                return PermissionDeniedError(f"{what}; run as root, or choose a directory that you may write with {self._setting}")
             case _:
-                return PreconditionError(f"{what}; free the cause or set `socket` to another path")
+                return PreconditionError(f"{what}; free the cause or choose another path with {self._setting}")
 
 
-def _check_length(path: Path) -> None:
+def _check_length(path: Path, setting: str) -> None:
     longest = max(len(os.fsencode(path)), len(os.fsencode(path.parent)) + _PRIVATE_NAME_BYTES)
     if longest > MAX_PATH_BYTES:
         raise InvalidError(
             f"listen on socket {path}: the path needs {longest} bytes and a unix socket's may have {MAX_PATH_BYTES};"
-            " choose a shorter one with `socket` or --socket"
+            f" choose a shorter one with {setting}"
         )
 
 

@@ -188,7 +188,7 @@ async def listen(servicer: Servicer, address: str, tls: ServerTls | None, *, ins
             )
         _probe(host, port, address)
     credentials = None if tls is None else TlsFiles(tls).credentials()
-    place = None if path is None else SocketPlace(Path(path), None)
+    place = None if path is None else SocketPlace(Path(path), None, "`serving` or --listen")
     server = grpc.aio.server(options=_options(limits))
     try:
         server.add_generic_rpc_handlers((servicer.handlers(),))
