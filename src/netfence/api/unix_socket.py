@@ -147,13 +147,14 @@ class SocketPlace:
 
     def _failure(self, error: OSError) -> NetfenceError:
         what = f"listen on socket {self.path}: {os.strerror(error.errno or 0).lower()}"
+        other = f"choose another path with {self._setting}"
         match error.errno:
             case errno.ENOENT | errno.ENOTDIR:
-                return NotFoundError(f"{what}; create the directory {self.path.parent} or another path with {self._setting}")
+                return NotFoundError(f"{what}; create the directory {self.path.parent} or {other}")
             case errno.EACCES | errno.EPERM:
-                return PermissionDeniedError(f"{what}; run as root, or choose a directory that you may write with {self._setting}")
+                return PermissionDeniedError(f"{what}; run as root, or {other}")
             case _:
-                return PreconditionError(f"{what}; free the cause or choose another path with {self._setting}")
+                return PreconditionError(f"{what}; free the cause or {other}")
 
 
 def _check_length(path: Path, setting: str) -> None:
