@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from control_pki import Authority, Pair, put
 from control_stage import BOTH, NET4, NONE, ONLY4, Stage, daemon_of, refused_attach
 from harness.controlplane import ControlPlaneProcess, ServerTls
 from harness.fresh import Fresh
-from harness.topology import Topology
+from harness.topology import Topology, Workload
+from netfence.api.client import RefusedError
 
 SERVER = "203.0.113.80"
 ADDRESS = f"{SERVER}:50051"
@@ -156,3 +159,36 @@ def test_plaintext_to_another_host_is_refused(fresh: Fresh, tmp_path: Path) -> N
             stage = Stage(topology, plane, daemon)
             stage.attach(workload, commands.ack())
             assert stage.reach(workload) == NONE
+
+
+@pytest.mark.timeout(120)
+def test_a_rotation_fails_no_attach(fresh: Fresh, tmp_path: Path) -> None:
+    """Attaches that wait for their ack while the daemon connects anew of its own accord are not its victims."""
+    topology = fresh.topology()
+    workloads = [topology.add_veth() for _ in range(4)]
+    authority = Authority(tmp_path / "pki", "one")
+    files = Files(tmp_path)
+    files.rotate(authority, authority.issue("daemon-1", "DNS:daemon"), "secret-1")
+    with secured(topology, tmp_path / "daemon", mutual(authority, authority), **files.config()) as stage:
+        stage.connected()
+        stage.plane.on_subscribed(commands.ack(), delay_s=0.15)
+        over = threading.Event()
+        failed: list[str] = []
+
+        def attach(workload: Workload) -> None:
+            while not over.is_set():
+                try:
+                    stage.daemon.detach(stage.attach(workload).id)
+                except RefusedError as error:
+                    failed.append(str(error))
+
+        with ThreadPoolExecutor(len(workloads)) as pool:
+            for workload in workloads:
+                pool.submit(attach, workload)
+            for number in (2, 3):
+                streams = len(stage.plane.streams)
+                files.rotate(authority, authority.issue(f"daemon-{number}", "DNS:daemon"), f"secret-{number}")
+                stage.plane.wait_streams(streams + 1)
+                stage.connected()
+            over.set()
+        assert failed == []

@@ -126,10 +126,11 @@ class Commands:
         return [waiting.view for waiting in self._waiting.values() if not waiting.policy.done()]
 
     async def none_awaiting(self, timeout_s: float) -> None:
-        """Wait until the attaches that have no policy at this moment have one or have failed, `timeout_s` at most."""
-        open_ones = [waiting.policy for waiting in self._waiting.values() if not waiting.policy.done()]
-        if open_ones:
-            await asyncio.wait(open_ones, timeout=timeout_s)
+        """Wait until the attaches that were announced and not answered are, or have failed; `timeout_s` at most."""
+        waiting = (one for one in self._waiting.values() if not self._outbox.waits(one.view.id))
+        told = [one.policy for one in waiting if not one.policy.done()]
+        if told:
+            await asyncio.wait(told, timeout=timeout_s)
 
     def decided(self) -> list[AttachmentView]:
         """Return the attaches that have their policy and are about to put it in force."""

@@ -91,6 +91,7 @@ class Outbox:
         self._writing: Event | None = None
         self._unsure: deque[tuple[float, Unsubscribed]] = deque()
         self._open = False  # a stream stands
+        self._held = False
         self._results = self._result_bytes = 0
         self._number = 0
         self._news = asyncio.Event()
@@ -139,11 +140,10 @@ class Outbox:
 
     async def take(self) -> Event:
         """Wait for the next event and take it, to be written; `written` follows, or `lost`."""
-        while not self._waiting and self._heartbeat is None:
+        while (key := self._first()) is None and self._heartbeat is None:
             self._news.clear()
             await self._news.wait()
-        if self._waiting:
-            key = next(iter(self._waiting))
+        if key is not None:
             event = self._waiting.pop(key)
             if isinstance(event, Result) and isinstance(key[1], int):
                 self._count_result(-1, -event.size)
@@ -152,6 +152,13 @@ class Outbox:
             event, self._heartbeat = self._heartbeat, None
         self._writing = event
         return event
+
+    def _first(self) -> Key | None:
+        return next((key for key in self._waiting if not (self._held and key[0] == "subscribed")), None)
+
+    def hold(self) -> None:
+        """Keep attachments that are not announced yet for the next stream: this one is about to be ended."""
+        self._held = True
 
     def written(self) -> None:
         """Note that what was taken has been written."""
@@ -172,7 +179,7 @@ class Outbox:
 
         Only those whose attach did not wait are meant: where it waited, it fails with its stream.
         """
-        self._open = True
+        self._open, self._held = True, False
         for view in unacked:
             self.subscribed(view)
 

@@ -252,6 +252,7 @@ class RemoteControl:
         ended = too_large = False
         try:
             await stream.run()
+            self._why = "it was ended for new TLS files or a new token"
         except EndedError as error:
             ended, too_large = True, error.too_large
             self._note_end(address, stream, error)
@@ -299,6 +300,7 @@ class RemoteControl:
         """End a stream whose secrets are not the newest, when no attach waits on it."""
         await self._credentials.changed(used)
         await asyncio.sleep(self._rng.uniform(0.0, FIRST_S))  # a fleet's files change at once
+        self._outbox.hold()
         await self._commands.none_awaiting(self._settings.subscribe_ack_timeout)
         log.info("control_plane_reconnects", why="TLS files or token changed")
         stream.close()

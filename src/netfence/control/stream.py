@@ -79,7 +79,7 @@ class Stream:
 
     async def finish(self) -> None:
         """Say that nothing more is written and wait until the peer, having read it all, ends the stream."""
-        if self._call is not None:
+        if self._call is not None and not self._ended.is_set():
             await self._call.done_writing()
             await self._ended.wait()
 
@@ -112,6 +112,7 @@ class Stream:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
             self._ended.set()
+            self._call = None  # it holds the connection, and our exceptions hold us until they are collected
 
     async def _connected(self) -> None:
         """Wait until the channel stands; EndedError as soon as it cannot."""
