@@ -783,7 +783,11 @@ def test_commands_that_wait_together_cost_one_switch_and_one_write() -> None:
         assert bench.store.row is not None
         assert bench.store.row.policy_version == bench.one.row.policy_version == "v99"
         assert bench.one.view().policy_hash == bench.one.policy.hash()
-        assert [entry["version"] for entry in logs] == [f"v{number}" for number in range(100)]
+        (entry,) = logs
+        assert (entry["event"], entry["version"], entry["commands"]) == ("policy_applied", "v99", 100)
+        with capture_logs() as logs:
+            await bench.one.apply(SetMode(Mode.DENYLIST), "v100")
+        assert "commands" not in logs[0]
         bench.check()
 
     on_bench(work)
@@ -1110,5 +1114,125 @@ def test_whoever_gave_the_first_policy_is_told_once_how_it_went(how: str) -> Non
         assert bench.one.closed is (how != "applied")
         if how in {"applied", "cancelled"}:
             bench.check()
+
+    on_bench(work, names=False)
+
+
+# -- defects of ours, and ends -----------------------------------------------------------------------------------------
+
+
+def test_a_defect_costs_its_command_and_not_the_others() -> None:
+    async def work(bench: Bench) -> None:
+        switch = bench.kernel.apply
+
+        async def breaks(slot: int, policy: Policy, old: Policy | None) -> None:
+            if policy.mode is Mode.DENYLIST:
+                raise OSError(5, "secret of ours")
+            await switch(slot, policy, old)
+
+        bench.kernel.apply = breaks  # type: ignore[method-assign]
+        with capture_logs() as logs:
+            outcomes = await bench.one.apply_all(
+                [(SetMode(Mode.DISABLED), "v2"), (SetMode(Mode.DENYLIST), "v3"), (AllowCidr("10.0.0.0/8"), "v4")]
+            )
+        assert [outcomes[0], outcomes[2]] == [None, None]
+        assert isinstance(outcomes[1], NetfenceError)
+        assert "SetMode" in str(outcomes[1])
+        assert "internal error, see the log" in str(outcomes[1])
+        assert "secret" not in str(outcomes[1])
+        assert "secret" in next(entry["error"] for entry in logs if entry["event"] == "command_failed")
+        assert bench.one.row.policy_version == "v4"
+        bench.check()
+
+    on_bench(work)
+
+
+def test_a_defect_in_the_first_policy_ends_the_attach() -> None:
+    async def work(bench: Bench) -> None:
+        told: list[BaseException | None] = []
+        bench.kernel.fail["apply"] = OSError(5, "secret of ours")
+        with pytest.raises(NetfenceError, match="internal error"):
+            await bench.one.begin(FirstPolicy(NAMES, "v1", told.append))
+        assert [type(failure) for failure in told] == [NetfenceError]
+        assert bench.one.closed
+        assert not bench.one.active
+
+    on_bench(work, names=False)
+
+
+def test_shut_it_takes_nothing_more_at_once_though_something_is_in_progress() -> None:
+    async def work(bench: Bench) -> None:
+        bench.kernel.switching = asyncio.Event()
+        first = asyncio.ensure_future(bench.one.apply(SetMode(Mode.DENYLIST), "v2"))
+        second = asyncio.ensure_future(bench.one.apply(SetMode(Mode.DISABLED), "v3"))
+        await asyncio.sleep(0)
+        generation = bench.one.generation
+        bench.one.shut()
+        assert bench.one.closed
+        assert bench.one.generation != generation
+        with pytest.raises(NotFoundError):
+            bench.one.learn("a.test", [A], 0)
+        bench.kernel.switching.set()
+        await first
+        with pytest.raises(NotFoundError):
+            await second
+        assert bench.kernel.calls.count("apply") == 1
+
+    on_bench(work)
+
+
+def test_stale_one_is_blocked_from_the_start_and_when_its_take_over_fails() -> None:
+    """Its DNS server answers by that policy before, and without, any take-over."""
+
+    async def work(bench: Bench) -> None:
+        control = Away(away=True)
+        parts = {"kernel": bench.kernel, "store": bench.store, "control": control}
+        one = Attachment(ROW, bench.one.policy, **parts, limits=LIMITS, table=bench.table)  # type: ignore[arg-type]
+        one.active = True  # as `Lifecycle.register` does
+        assert mode_of(one) is Mode.BLOCK_ALL
+        assert one.view().mode == Mode.BLOCK_ALL
+        assert one.view().policy_hash == one.policy.hash()
+
+        async def hook() -> None:
+            raise OSError(16, "busy")
+
+        with pytest.raises(OSError, match="busy"):
+            await one.take_over(hook)
+        with pytest.raises(PreconditionError, match="denied meanwhile"):
+            one.learn("a.test", [A], 0)
+        control.away = False
+        await one.follow_staleness()
+        assert one.policy == bench.one.policy  # what it was made with was not lost
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize("followed", [True, False], ids=["followed-before", "found-by-the-sweep"])
+def test_what_expires_while_staleness_begins_voids_answers_only_if_something_was_blocked(followed: bool) -> None:
+    async def work(bench: Bench) -> None:
+        await bench.one.apply(replace(NAMES, allow_cidrs=[CidrSpec("10.0.0.0/8", 5)]), "v2")
+        bench.one._control = Away(away=True)
+        if followed:
+            await bench.one.follow_staleness()
+        generation = bench.one.generation
+        await bench.one.maintain(time.monotonic() + 10)
+        assert len(bench.one.policy.cidrs) == 0
+        assert mode_of(bench.one) is Mode.BLOCK_ALL
+        assert (bench.one.generation == generation) is followed
+
+    on_bench(work)
+
+
+@pytest.mark.xfail(strict=True, reason="Attachment._begin_unacked asks only whether it is stale, not whether it was")
+def test_made_while_stale_and_begun_unacked_when_it_is_over_it_says_what_the_kernel_does() -> None:
+    async def work(bench: Bench) -> None:
+        control = Away(away=True)
+        parts = {"kernel": bench.kernel, "store": bench.store, "control": control}
+        start = start_policy(Mode.DISABLED)
+        one = Attachment(ROW, start, **parts, limits=LIMITS, table=bench.table)  # type: ignore[arg-type]
+        control.away = False  # the SyncAck comes while its hooks are put in place; nobody follows what is not active
+        await one.begin(None)
+        assert mode_of(one) is Mode.DISABLED
+        assert one.view().policy_hash == start.hash()
 
     on_bench(work, names=False)

@@ -18,14 +18,17 @@ from structlog.testing import capture_logs
 from netfence import lifecycle as module
 from netfence.api.views import AttachSpec
 from netfence.config import Config
+from netfence.control.applying import Commands
 from netfence.control.local import NoControl
+from netfence.control.outbox import Outbox, Result
+from netfence.control.peek import head_of
 from netfence.control.port import AttachmentView, FirstPolicy, UnsubscribeReason
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer
 from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import PortEndpoints
-from netfence.errors import NetfenceError, NotFoundError
+from netfence.errors import InvalidError, NetfenceError, NotFoundError
 from netfence.hosting import Host
 from netfence.lifecycle import Lifecycle, Live, Parts, Target, key_of
 from netfence.policy.commands import BulkUpdate, SetMode
@@ -33,10 +36,12 @@ from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
 from netfence.store import Store
 from netfence.targets import TargetKeeper, Watchers
+from netfence.v1 import control_pb2, types_pb2
 
 FIRST = 20_000 + os.getpid() % 1000 * 8  # below the ephemeral ports, and for each worker its own
 PORTS = (FIRST, FIRST + 3)
 ADDRESS = bytes((192, 0, 2, 1))
+DISABLED, DENYLIST = types_pb2.POLICY_MODE_DISABLED, types_pb2.POLICY_MODE_DENYLIST
 
 
 def interface(name: str, ifindex: int) -> InterfaceTarget:
@@ -362,6 +367,94 @@ def test_a_detach_that_fails_half_way_puts_hooks_and_policy_back(tmp_path: Path)
         assert bench.plane.freed == []
         bench.plane.detach = detach  # type: ignore[method-assign]
         await bench.lifecycle.detach(live.row.id)
+        await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)
+
+
+class Commanded(NoControl):
+    """Real `Commands`, without a stream: an attach waits for what `take` brings."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.outbox = Outbox()
+        self.outbox.begin(())
+        self.commands = Commands(self.outbox, 1 << 20)
+        self.commands.serve(Host(bench.lifecycle))
+        self.id = ""
+
+    def check(self, target: str) -> None:
+        """Accept."""
+
+    async def subscribe(self, view: AttachmentView) -> FirstPolicy:
+        self.id = view.id
+        return await self.commands.wait_for(view).policy
+
+    async def unsubscribe(self, attachment_id: str, reason: UnsubscribeReason, error: str = "") -> None:
+        del reason, error
+        self.commands.forget(attachment_id)
+
+    async def take(self, *messages: control_pb2.ControlCommand) -> None:
+        """Take commands for the attachment in one breath."""
+        for message in messages:
+            message.id = self.id
+            data = message.SerializeToString()
+            await self.commands.take(head_of(data), data)
+
+    async def results(self) -> list[Result]:
+        """Wait until all is done and return the results."""
+        await self.commands.drained()
+        await self.commands.close()
+        found = [await self.outbox.take() for _ in range(len(self.outbox))]
+        return [one for one in found if isinstance(one, Result)]
+
+
+@pytest.mark.parametrize("behind", ["command", "ack"])
+def test_what_comes_behind_a_bad_ack_brings_nothing_to_life(tmp_path: Path, behind: str) -> None:
+    async def work(bench: Bench) -> None:
+        control = Commanded(bench)
+        object.__setattr__(bench.lifecycle.parts, "control", control)
+        attaching = asyncio.ensure_future(bench.attach())
+        await until(lambda: control.id)
+        bad = control_pb2.ControlCommand(nonce="bad", subscribed_ack=control_pb2.SubscribedAck(mode=DENYLIST))
+        bad.subscribed_ack.allow_cidrs.add(cidr="10.0.0.0/8").ttl.seconds = -1  # refused before it is applied
+        opening = control_pb2.ControlCommand(nonce="late")
+        if behind == "ack":
+            opening.subscribed_ack.mode = DISABLED
+        else:
+            opening.set_mode.mode = DISABLED
+        await control.take(bad, opening)
+        with pytest.raises(InvalidError, match="SubscribedAck is refused"):
+            await attaching
+        results = await control.results()
+        assert [(one.nonce, one.ok) for one in results] == [("bad", False), ("late", False)]
+        assert "no attachment" in results[1].errors[0]
+        assert "apply" not in bench.plane.calls
+        await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)
+
+
+@pytest.mark.parametrize("how", ["refused", "failed", "hung-up"])
+def test_an_attach_that_was_given_no_policy_is_shut_before_the_roll_back_begins(tmp_path: Path, how: str) -> None:
+    async def work(bench: Bench) -> None:
+        closed: list[bool] = []
+
+        async def unsubscribing() -> None:
+            closed.append(bench.only().attachment.closed)
+
+        async def subscribe(view: AttachmentView) -> FirstPolicy:
+            del view
+            if how == "hung-up":
+                task.cancel()
+                await asyncio.Event().wait()
+            raise InvalidError(["mode: 0"]) if how == "refused" else NetfenceError("no control plane")
+
+        bench.control.subscribe = subscribe  # type: ignore[method-assign]
+        bench.control.unsubscribing = unsubscribing
+        task = asyncio.ensure_future(bench.attach())
+        with pytest.raises((NetfenceError, asyncio.CancelledError)):
+            await task
+        assert closed == [True]
         await bench.nothing_is_left()
 
     on_bench(tmp_path, work)

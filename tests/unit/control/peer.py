@@ -123,12 +123,14 @@ class Peer(grpc.GenericRpcHandler):
         self.connections: list[Connection] = []
         self.acks = self.reads = True
         self.refuses: tuple[grpc.StatusCode, str] | None = None
+        self.called: list[str] = []
         self.questions: list[control_pb2.DnsQueryRequest] = []
         self.asked_with: list[dict[str, str]] = []
         self.answer: Callable[[control_pb2.DnsQueryRequest], Awaitable[control_pb2.DnsQueryResponse]] = _yes
 
     def service(self, details: Any) -> Any:
         """Return the method that is called."""
+        self.called.append(details.method)
         if details.method.endswith("/Connect"):
             return grpc.stream_stream_rpc_method_handler(self._connect)
         return grpc.unary_unary_rpc_method_handler(
@@ -217,7 +219,7 @@ class FakeHost:
         self.gate.set()
         self.counted = 0
         self.contacts = 0
-        self.contact_failure: NetfenceError | None = None
+        self.contact_failure: Exception | None = None
         self.followed: list[bool] = []
         self.follow_failures = 0
         self.stale: Callable[[], bool] = lambda: False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -139,3 +140,7 @@ def test_the_faults_of_a_hundred_thousand_entries_fit_a_common_message() -> None
     assert list(message.command_result.errors) == list(told)
     assert len(told) > 10_000
     assert told[-1] == f"and {100_000 - len(told) + 1} more faults"
+
+
+def test_a_host_name_that_is_not_utf8_is_no_obstacle() -> None:
+    assert sync_event("d", os.fsdecode(b"host\xff"), {}, []).sync.hostname == "host?"

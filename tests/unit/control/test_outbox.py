@@ -17,7 +17,7 @@ GONE = UnsubscribeReason.DETACHED
 
 
 def result(nonce: str, attachment_id: str = "a", *, version: str = "") -> Result:
-    return Result(nonce, attachment_id, version, ok=True)
+    return Result(nonce, attachment_id, version, ok=True, policy_hash="h")
 
 
 class Bench:
@@ -212,12 +212,12 @@ def test_without_a_stream_a_result_is_told_as_over_a_lost_one() -> None:
 def test_of_the_faults_of_a_late_result_some_are_told_and_all_counted() -> None:
     async def work(bench: Bench) -> None:
         errors = tuple(map(str, range(module.MAX_LATE_ERRORS + 5)))
-        bench.outbox.result(Result("n", "a", "", ok=False, errors=errors))
-        bench.outbox.result(Result("n", "b", "", ok=False, errors=errors[:20]))
+        bench.outbox.result(Result("n", "a", "", ok=False, errors=errors, policy_hash="h"))
+        bench.outbox.result(Result("n", "b", "", ok=False, errors=errors[:20], policy_hash="h"))
         bench.outbox.lost()
         assert await bench.rest() == [
-            Result("", "a", "", ok=False, errors=(*errors[:20], "and 5 more faults")),
-            Result("", "b", "", ok=False, errors=errors[:20]),
+            Result("", "a", "", ok=False, errors=(*errors[:20], "and 5 more faults"), policy_hash="h"),
+            Result("", "b", "", ok=False, errors=errors[:20], policy_hash="h"),
         ]
 
     on_bench(work)
@@ -359,5 +359,105 @@ def test_a_taker_that_goes_away_takes_nothing_along() -> None:
         await asyncio.gather(taking, return_exceptions=True)
         bench.outbox.subscribed(A)
         assert await bench.rest() == [Subscribed(A)]
+
+    on_bench(work)
+
+
+# -- when all has been told --------------------------------------------------------------------------------------------
+
+
+def test_it_is_emptied_when_what_waited_need_not_be_told() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.subscribed(A)
+        bench.outbox.unsubscribed("a", GONE, "")
+        assert len(bench.outbox) == 0
+        await asyncio.wait_for(bench.outbox.emptied(), 1)
+
+    on_bench(work)
+
+
+def test_it_is_emptied_when_the_last_heartbeat_was_lost() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.heartbeat(Heartbeat(()))
+        await bench.outbox.take()
+        bench.outbox.lost()
+        assert len(bench.outbox) == 0
+        await asyncio.wait_for(bench.outbox.emptied(), 1)
+
+    on_bench(work)
+
+
+def test_it_is_not_emptied_while_an_end_waits_to_be_told_again() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.unsubscribed("a", GONE, "")
+        await bench.write()
+        await asyncio.wait_for(bench.outbox.emptied(), 1)
+        bench.outbox.lost()
+        assert len(bench.outbox) == 1
+        (await waits(bench.outbox.emptied())).cancel()
+
+    on_bench(work)
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("during", [True, False], ids=["with-its-stream", "without-a-stream"])
+def test_a_late_result_for_nobody_is_not_kept(during: bool) -> None:
+    """A peer names ids that do not exist, reads nothing and reconnects: "bounded by the attachments" (wire.md 4)."""
+
+    async def work(bench: Bench) -> None:
+        for number in range(20):
+            if during:
+                bench.outbox.begin(())
+            bench.outbox.result(Result("n", f"x{number}", "", ok=False, errors=("no attachment",)))
+            bench.outbox.result(result("n"))
+            bench.outbox.lost()
+        assert await bench.rest() == [result("")]
+
+    on_bench(work)
+
+
+def test_a_late_result_is_forgotten_with_its_attachment() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.result(result("n1"))
+        bench.outbox.result(result("m1", "b"))
+        bench.outbox.lost()
+        bench.outbox.unsubscribed("a", GONE, "")
+        assert await bench.rest() == [result("", "b"), Unsubscribed("a", GONE)]
+
+    on_bench(work)
+
+
+def test_a_result_that_can_still_be_told_outlives_its_attachment() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.result(result("n1"))
+        bench.outbox.unsubscribed("a", GONE, "")
+        assert await bench.rest() == [result("n1"), Unsubscribed("a", GONE)]
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        Result("n" * 1000, "a", "v", ok=True),
+        Result("n", "i" * 1000, "v", ok=True),
+        Result("n", "a", "v" * 1000, ok=True),
+        Result("n", "a", "v", ok=False, errors=("e" * 500, "e" * 500)),
+    ],
+    ids=["nonce", "id", "version", "errors"],
+)
+def test_the_size_of_a_result_is_all_its_text(large: Result) -> None:
+    assert large.size >= 1000 + Result("n", "a", "v", ok=True).size - 3
+
+
+@pytest.mark.xfail(strict=True, reason="Outbox.lost keeps results of attachments whose Unsubscribed waits")
+def test_a_late_result_for_an_attachment_that_left_on_the_same_stream_is_not_kept() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.result(result("n1"))
+        bench.outbox.unsubscribed("a", GONE, "")
+        bench.outbox.lost()
+        assert await bench.rest() == [Unsubscribed("a", GONE)]
 
     on_bench(work)

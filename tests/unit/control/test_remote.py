@@ -223,7 +223,9 @@ def test_only_a_stream_that_stood_makes_the_next_tries_soon(
     on_bench(tmp_path, work)
 
 
-def test_endpoints_are_tried_in_order_until_one_has_a_stream(tmp_path: Path) -> None:
+def test_endpoints_are_tried_in_order_until_one_has_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STABLE_S", 0)
+
     async def work(bench: Bench) -> None:
         first, second, third = bench.peers
         first.refuses = (grpc.StatusCode.UNAVAILABLE, "not the leader")
@@ -232,16 +234,71 @@ def test_endpoints_are_tried_in_order_until_one_has_a_stream(tmp_path: Path) -> 
         connection = await bench.connected(1, second)
         assert bench.control.address == second.address
         assert bench.rng.asked == []  # no pause between endpoints
-        assert third.connections == []
         first.refuses = None
         connection.end()
         await bench.connected(2, first)  # in order again
+        assert bench.rng.asked == [(0, 3)]
+        assert third.connections == []
         assert bench.control.address == first.address
         await bench.stop()
         bench.running = None
         assert bench.control.address == ", ".join(peer.address for peer in bench.peers)
 
     on_bench(tmp_path, work, peers=3, start=False)
+
+
+def test_an_endpoint_whose_streams_come_and_go_hides_no_other(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        first, second = bench.peers
+        (await bench.connected(1, first)).end()
+        connection = await bench.connected(1, second)
+        assert bench.control.address == second.address
+        assert bench.rng.asked == [(0, 3)]  # not the whole fleet at once
+        connection.end()
+        await bench.connected(2, first)
+        assert bench.rng.asked == [(0, 3), (0, 3)]  # behind the last one the back-off's pause alone
+
+    on_bench(tmp_path, work, peers=2)
+
+
+def test_an_endpoint_that_refuses_the_stream_costs_no_attach(tmp_path: Path) -> None:
+    """First endpoint: a proxy without backend, a replica that is not the leader. The second one answers."""
+
+    async def work(bench: Bench) -> None:
+        first, second = bench.peers
+        first.refuses = (grpc.StatusCode.UNAVAILABLE, "not the leader")
+        attaching = bench.attaching()
+        await asyncio.sleep(0)
+        bench.start()
+        connection = await bench.connected(1, second)
+        await connection.first("subscribed")
+        await connection.send(ack("b"))
+        await attaching
+
+    on_bench(tmp_path, work, peers=2, start=False)
+
+
+def test_an_attach_told_on_a_stream_that_never_synced_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "SYNC_ACK_S", 0.2)
+
+    async def work(bench: Bench) -> None:
+        bench.peer.acks = False
+        attaching = bench.attaching()
+        await asyncio.sleep(0)
+        bench.start()
+        await (await bench.peer.connection()).first("subscribed")
+        await until(lambda: bench.peer.connections[0].over)
+        bench.peer.acks = True
+        connection = await bench.connected(len(bench.peer.connections) + 1)
+        assert (await connection.first("subscribed")).id == "b"
+        assert connection.kinds() == ["sync", "subscribed"]
+        assert not attaching.done()
+        await connection.send(ack("b"))
+        await attaching
+
+    on_bench(tmp_path, work, start=False)
 
 
 def test_an_endpoint_that_nobody_serves_is_no_obstacle(tmp_path: Path) -> None:
@@ -299,16 +356,21 @@ def test_results_over_a_lost_stream_are_the_newest_without_nonce(tmp_path: Path)
         bench.peer.reads = False
         bench.start()
         first = await bench.connected()
+        counts = bench.control._commands.counts
         for number in range(400):  # more than what is between us and a peer that does not read
-            await first.send(set_mode("a", DISABLED, f"{number} {'v' * 50_000}"))
-        await until(lambda: len(bench.host.applied) == 400)
+            entries = [control_pb2.CIDREntry(cidr=f"{number} is none")] * 250
+            await first.send(ControlCommand(id="a", bulk_update=control_pb2.BulkUpdate(allow_cidrs=entries), nonce="n"))
+        await until(lambda: counts.refused == 400, 15)
+        assert len(bench.control._outbox) > 1
         bench.peer.reads = True
         first.end()
         second = await bench.connected(2)
         await second.send(set_mode("a", DISABLED, "v9"))
         await second.result("v9")
-        told = [(one.nonce, one.version.split()[0]) for one in second.all("command_result")]
-        assert told == [("", "399"), ("v9", "v9")]
+        late, newest = second.all("command_result")
+        assert (late.nonce, late.ok, late.version, newest.nonce) == ("", False, "v0", "v9")
+        assert "399 is none" in late.errors[1]
+        assert late.errors[-1] == "and 231 more faults"  # and the one about the mode
 
     on_bench(tmp_path, work, start=False)
 
@@ -392,7 +454,7 @@ def test_without_an_ack_in_time_the_attach_fails_and_is_told_to_be_over(tmp_path
         assert (gone.id, gone.reason) == ("b", types_pb2.UNSUBSCRIBE_REASON_ERROR)
         assert "no SubscribedAck" in gone.error
         await connection.send(ack("b"))
-        assert list((await connection.result("ack v1")).errors) == ["no attachment b"]
+        assert list((await connection.result("ack v1")).errors) == ["no attachment 'b'"]
 
     on_bench(tmp_path, work, subscribe_ack_timeout=0.1)
 
@@ -761,6 +823,24 @@ def test_heartbeats_tell_the_counters_and_are_coalesced(tmp_path: Path) -> None:
     on_bench(tmp_path, work, start=False, heartbeat_interval=0.1)
 
 
+def test_counters_that_cannot_be_read_cost_a_heartbeat_and_no_stream(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        connection = await bench.connected()
+        stats = bench.host.stats
+
+        async def broken() -> Any:
+            bench.host.stats = stats  # type: ignore[method-assign]
+            raise OSError(5, "input/output error")
+
+        bench.host.stats = broken  # type: ignore[method-assign]
+        with capture_logs() as logs:
+            await until(lambda: connection.all("heartbeat"))
+        assert "heartbeat_failed" in [entry["event"] for entry in logs]
+        assert len(bench.peer.connections) == 1
+
+    on_bench(tmp_path, work, heartbeat_interval=0.1)
+
+
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -835,11 +915,39 @@ def test_drain_waits_until_what_is_to_be_told_has_been(tmp_path: Path) -> None:
             await bench.control.unsubscribe(str(number), DETACHED)
         with capture_logs() as logs:
             await asyncio.wait_for(bench.control.drain(), 2)
-        assert len(bench.control._outbox) == 0
-        assert logs == []
-        await connection.first("unsubscribed", 100)
+        assert len(connection.all("unsubscribed")) == 100  # read, not only written
+        assert "events_not_told" not in [entry["event"] for entry in logs]
 
     on_bench(tmp_path, work)
+
+
+def test_what_was_drained_is_not_torn_away_by_the_end(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        connection = await bench.connected()
+        for number in range(100):
+            await bench.control.unsubscribe(str(number), DETACHED)
+        await asyncio.wait_for(bench.control.drain(), 2)
+        await bench.stop()
+        bench.running = None
+        await until(lambda: connection.over)
+        assert len(connection.all("unsubscribed")) == 100
+
+    on_bench(tmp_path, work)
+
+
+def test_drain_does_not_wait_for_ever_for_a_peer_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DRAIN_S", 0.05)
+
+    async def work(bench: Bench) -> None:
+        bench.peer.reads = False
+        bench.start()
+        connection = await bench.connected()
+        await asyncio.wait_for(bench.control.drain(), 1)
+        assert not connection.over
+
+    on_bench(tmp_path, work, start=False)
 
 
 def test_drain_does_not_wait_for_ever_nor_without_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -985,7 +1093,10 @@ def test_attachments_that_could_not_be_blocked_are_tried_again(tmp_path: Path, m
     on_bench(tmp_path, work, start=False, max_stale=10.0, stale_action="block_all")
 
 
-def test_the_contact_is_stored_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [NetfenceError("disk full"), OSError(5, "input/output error")], ids=["ours", "any"])
+def test_the_contact_is_stored_while_it_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
     monkeypatch.setattr(module, "CONTACT_S", 0.01)
 
     async def work(bench: Bench) -> None:
@@ -996,7 +1107,7 @@ def test_the_contact_is_stored_while_it_lasts(tmp_path: Path, monkeypatch: pytes
         assert bench.host.contacts == 0
         await connection.send(SYNC_ACK)
         await until(lambda: bench.host.contacts >= 2)
-        bench.host.contact_failure = NetfenceError("disk full")
+        bench.host.contact_failure = failure
         with capture_logs() as logs:
             await until(lambda: logs)
         assert logs[0]["event"] == "contact_not_stored"

@@ -20,6 +20,7 @@ from netfence.control.channel import make_channel
 from netfence.control.credentials import Secrets
 from netfence.control.events import sync_event
 from netfence.control.outbox import Heartbeat, Outbox, Result
+from netfence.control.peek import Head
 from netfence.control.port import UnsubscribeReason
 from netfence.control.stream import EndedError, Stream
 
@@ -31,7 +32,7 @@ class Owner:
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
-        self.commands: list[tuple[ControlCommand, bytes]] = []
+        self.commands: list[tuple[Head, bytes]] = []
         self.syncs = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -44,11 +45,11 @@ class Owner:
     def synced(self) -> None:
         self.syncs += 1
 
-    async def take(self, command: ControlCommand, data: bytes) -> None:
+    async def take(self, head: Head, data: bytes) -> None:
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        self.commands.append((command, data))
+        self.commands.append((head, data))
 
 
 class Bench:
@@ -106,7 +107,6 @@ def test_the_sync_request_is_first_and_events_follow_without_waiting_for_the_ack
         assert connection.kinds() == ["sync", "subscribed", "heartbeat"]
         assert connection.events[0].sync.attachments[0].id == "a"
         assert connection.metadata["authorization"] == "Bearer t"
-        assert bench.stream.open
         assert not bench.stream.synced
         assert bench.owner.syncs == 0
         await connection.send(SYNC_ACK)
@@ -126,7 +126,8 @@ def test_commands_go_to_the_owner_before_the_ack_too(tmp_path: Path) -> None:
         await connection.send(set_mode("a"), empty, SYNC_ACK, set_mode("b"))
         await until(lambda: len(bench.owner.commands) == 3)
         sent = (set_mode("a"), empty, set_mode("b"))
-        assert bench.owner.commands == [(one, one.SerializeToString()) for one in sent]
+        heads = [Head("a", "", "", "set_mode"), Head("x", "", "", ""), Head("b", "", "", "set_mode")]
+        assert bench.owner.commands == [(head, one.SerializeToString()) for head, one in zip(heads, sent, strict=True)]
 
     on_bench(tmp_path, work)
 
@@ -243,7 +244,6 @@ def test_a_refused_connection_is_told_at_once_with_its_reason(tmp_path: Path) ->
         began = asyncio.get_running_loop().time()
         assert "cannot connect" in str(await bench.ended())
         assert asyncio.get_running_loop().time() - began < module.CONNECT_S / 2
-        assert not bench.stream.open
 
     on_bench(tmp_path, work)
 
@@ -341,9 +341,10 @@ def test_a_peer_that_does_not_read_gets_no_more_of_its_commands_taken(
     async def work(bench: Bench) -> None:
         take = bench.owner.take
 
-        async def answer(command: ControlCommand, data: bytes) -> None:
-            await take(command, data)
-            bench.outbox.result(Result(command.nonce, "a", "v" * 50_000, ok=True))
+        async def answer(head: Head, data: bytes) -> None:
+            await bench.outbox.room()  # as `Commands` does
+            await take(head, data)
+            bench.outbox.result(Result(head.nonce, "a", "v" * 50_000, ok=True))
 
         bench.owner.take = answer  # type: ignore[method-assign]
         bench.peer.reads = False
@@ -371,5 +372,76 @@ def test_events_keep_flowing_for_as_long_as_it_stands(tmp_path: Path) -> None:
             bench.outbox.unsubscribed(str(number), UnsubscribeReason.DETACHED, "")
             await connection.first("unsubscribed", number + 1)
         assert [one.id for one in connection.all("unsubscribed")] == [str(number) for number in range(20)]
+
+    on_bench(tmp_path, work)
+
+
+def test_a_command_of_which_only_the_head_can_be_read_is_the_owners(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.run()
+        connection = await bench.peer.connection()
+        odd = ControlCommand(id="a", nonce="n").SerializeToString() + b"\x1a\x01\xff"
+        await connection.send(odd, set_mode("a"))
+        await until(lambda: len(bench.owner.commands) == 2)
+        assert bench.owner.commands[0] == (Head("a", "n", "", "set_mode"), odd)
+
+    on_bench(tmp_path, work)
+
+
+def test_a_peer_that_takes_nothing_for_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WRITE_S", 0.2)
+
+    async def work(bench: Bench) -> None:
+        bench.peer.reads = False
+        bench.run()
+        await bench.peer.connection()
+        await until(lambda: bench.stream.synced)
+        for number in range(400):  # more than what is between us
+            bench.outbox.unsubscribed(str(number), UnsubscribeReason.ERROR, "e" * 50_000)
+        assert "it has taken nothing of what we write for 0.2 s" in str(await bench.ended())
+        assert len(bench.outbox) > 10
+
+    on_bench(tmp_path, work)
+
+
+def test_why_a_connection_failed_is_asked_for_with_a_call_that_does_nothing(tmp_path: Path) -> None:
+    """The channel may have come up meanwhile: a Connect would be a second stream of this daemon."""
+
+    async def work(bench: Bench) -> None:
+        with pytest.raises(EndedError, match="cannot connect"):
+            await bench.stream._tell_why_not()
+        assert bench.peer.called == ["/grpc.health.v1.Health/Check"]
+
+    on_bench(tmp_path, work)
+
+
+def test_finished_it_has_been_read_to_its_end(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        await asyncio.wait_for(bench.stream.finish(), 1)  # nothing was begun
+        bench.run()
+        connection = await bench.peer.connection()
+        for number in range(200):
+            bench.outbox.unsubscribed(str(number), UnsubscribeReason.ERROR, "e" * 10_000)
+        await asyncio.wait_for(bench.outbox.emptied(), 5)
+        await asyncio.wait_for(bench.stream.finish(), 5)
+        assert len(connection.all("unsubscribed")) == 200
+        assert connection.over
+        assert str(await bench.ended()) == "it ended the stream"
+
+    on_bench(tmp_path, work)
+
+
+def test_finishing_waits_for_the_peer(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.peer.reads = False
+        bench.run()
+        connection = await bench.peer.connection()
+        await until(lambda: bench.stream.synced)
+        finishing = asyncio.create_task(bench.stream.finish())
+        reading = asyncio.create_task(connection.read_all())
+        await asyncio.wait_for(reading, 5)  # to the end of what we say
+        assert not finishing.done()
+        connection.end()
+        await asyncio.wait_for(finishing, 5)
 
     on_bench(tmp_path, work)

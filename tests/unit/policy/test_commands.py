@@ -292,3 +292,22 @@ def test_a_big_policy_changes_by_one_rule_without_touching_the_rest() -> None:
     assert list(changed.cidrs.changes_since(big.cidrs)) == [(SERVER, Entry(NEVER, 0.0))]
     old, new = big.cidrs.family(4).entries, changed.cidrs.family(4).entries
     assert sum(a is not b for a, b in zip(old._shards, new._shards, strict=True)) == 1
+
+
+def test_faults_are_written_out_to_a_bound_and_the_rest_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "MAX_FAULTS", 5)
+    names = DnsSpec(mode=0, allow=[DomainSpec("a..b")] * 3, upstreams=["x"])
+    with pytest.raises(InvalidError) as raised:
+        apply(EMPTY, BulkUpdate(mode=0, allow_cidrs=["x"] * 4, dns=names), NOW)
+    errors = raised.value.errors
+    assert len(errors) == 6
+    assert errors[0].startswith("mode: ")
+    assert errors[4].startswith("allow_cidrs[3]: ")
+    assert errors[5] == "and 5 more faults"
+
+
+def test_a_command_with_as_many_faults_as_are_written_out_counts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "MAX_FAULTS", 5)
+    with pytest.raises(InvalidError) as raised:
+        apply(EMPTY, BulkUpdate(mode=Mode.ALLOWLIST, deny_cidrs=["x"] * 5), NOW)
+    assert [error.split(":")[0] for error in raised.value.errors] == [f"deny_cidrs[{index}]" for index in range(5)]
