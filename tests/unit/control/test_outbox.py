@@ -407,12 +407,14 @@ def test_a_late_result_for_nobody_is_not_kept(during: bool) -> None:
     """A peer names ids that do not exist, reads nothing and reconnects: "bounded by the attachments" (wire.md 4)."""
 
     async def work(bench: Bench) -> None:
+        bench.outbox.lost()
         for number in range(20):
             if during:
                 bench.outbox.begin(())
             bench.outbox.result(Result("n", f"x{number}", "", ok=False, errors=("no attachment",)))
             bench.outbox.result(result("n"))
-            bench.outbox.lost()
+            if during:
+                bench.outbox.lost()
         assert await bench.rest() == [result("")]
 
     on_bench(work)
@@ -459,5 +461,26 @@ def test_a_late_result_for_an_attachment_that_left_on_the_same_stream_is_not_kep
         bench.outbox.unsubscribed("a", GONE, "")
         bench.outbox.lost()
         assert await bench.rest() == [Unsubscribed("a", GONE)]
+
+    on_bench(work)
+
+
+def test_held_announcements_are_the_next_streams_and_nothing_else_waits_for_it() -> None:
+    async def work(bench: Bench) -> None:
+        bench.outbox.subscribed(A)
+        bench.outbox.hold()
+        bench.outbox.subscribed(B)
+        taking = await waits(bench.outbox.take())
+        bench.outbox.result(result("n"))
+        assert await asyncio.wait_for(taking, 1) == result("n")
+        bench.outbox.written()
+        bench.outbox.unsubscribed("c", GONE, "")
+        bench.outbox.heartbeat(Heartbeat(()))
+        assert await bench.write(2) == [Unsubscribed("c", GONE), Heartbeat(())]
+        assert bench.outbox.waits("a")
+        assert bench.outbox.waits("b")
+        bench.outbox.lost()
+        bench.outbox.begin(())
+        assert await bench.rest() == [Unsubscribed("c", GONE), Subscribed(A), Subscribed(B)]
 
     on_bench(work)

@@ -890,16 +890,23 @@ def test_new_secrets_make_a_new_connection_when_no_attach_waits_on_the_old_one(
         token.write_text("second")
         await bench.control.reload()
         await until(lambda: bench.rng.asked)
+        await until(lambda: bench.control._outbox._held)
+        later = bench.attaching("c")  # has not been announced: the next stream's, and nobody waits for it
         await asyncio.sleep(0.05)
         assert not first.over
+        assert [one.id for one in first.all("subscribed")] == ["b"]
         await first.send(ack("b"))
         await attaching
         with capture_logs() as logs:
             second = await bench.connected(2)
         assert second.metadata["authorization"] == "Bearer second"
         assert ids(second) == ["a", "b"]
+        assert (await second.first("subscribed")).id == "c"
+        await second.send(ack("c", version="v2"))
+        await later
         assert not [entry for entry in logs if entry["event"] == "control_plane_lost"]
-        assert bench.rng.asked == [(0, 3)]  # a fleet's files change at once; and then no pause
+        assert bench.rng.asked[0] == (0, 3)  # a fleet's files change at once
+        assert bench.control._backoff._window == backoff_module.FIRST_S  # and then no pause of the back-off
         assert first.over
 
     on_bench(tmp_path, work, token_file=token)

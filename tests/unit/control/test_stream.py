@@ -427,6 +427,7 @@ def test_finished_it_has_been_read_to_its_end(tmp_path: Path) -> None:
         assert len(connection.all("unsubscribed")) == 200
         assert connection.over
         assert str(await bench.ended()) == "it ended the stream"
+        await asyncio.wait_for(bench.stream.finish(), 1)  # it is over
 
     on_bench(tmp_path, work)
 
