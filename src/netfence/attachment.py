@@ -281,8 +281,9 @@ class Attachment:
         _raise_first(await self._apply_each([(first.update, first.version)]))
 
     async def _begin_unacked(self) -> None:
-        if self._control.stale:  # whatever start_mode says
+        if self._control.stale or self._policy is not self._stored:  # whatever start_mode says
             await self._switch(self._stored)
+            self.policy_hash = await self._digest()
         await self._save(self._stored, "", acked=False)
         self.active = True
 

@@ -17,6 +17,8 @@ from harness.topology import Topology, Workload
 from harness.wire import Tag
 from netfence.policy.modes import FIRST_DROP, Reason
 
+pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+
 ALLOWED, DENIED = "203.0.113.80", "203.0.113.81"
 UPDATES = 1000
 RULES = 300

@@ -33,6 +33,8 @@ from harness.topology import Topology, Workload
 from harness.unbound import Unbound
 from netfence.v1 import types_pb2
 
+pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+
 CONNECTED, CONNECTING = types_pb2.CONNECTION_STATE_CONNECTED, types_pb2.CONNECTION_STATE_CONNECTING
 
 

@@ -1223,7 +1223,6 @@ def test_what_expires_while_staleness_begins_voids_answers_only_if_something_was
     on_bench(work)
 
 
-@pytest.mark.xfail(strict=True, reason="Attachment._begin_unacked asks only whether it is stale, not whether it was")
 def test_made_while_stale_and_begun_unacked_when_it_is_over_it_says_what_the_kernel_does() -> None:
     async def work(bench: Bench) -> None:
         control = Away(away=True)

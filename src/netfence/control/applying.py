@@ -37,6 +37,9 @@ COUNTED_BYTES: Final = 2 << 20
 """A command from which on its entries are counted before it is parsed: below, even a million empty ones cost no more
 than a tenth of a second and 56 MB."""
 
+OTHER_FIELDS: Final = 32
+"""Fields of a policy that are no CIDR and no domain: modes, audit, eight upstreams, and some that we do not know."""
+
 MAX_ID_BYTES: Final = 128
 """Bytes of an id that is answered: ours have 36."""
 
@@ -166,10 +169,13 @@ class Commands:
         ready: list[tuple[Head, Command]] = []
         for head, data in arrived:
             command = await _converted(head, data)
-            while (waiting := self._waiting.get(attachment_id)) is not None:
-                if not waiting.policy.done():
-                    break
+            waiting = self._waiting.get(attachment_id)
+            if waiting is not None and waiting.policy.done():
                 await waiting.settled.wait()
+                waiting = self._waiting.get(attachment_id)
+                if waiting is not None:  # it failed: what is rolled back takes nothing more
+                    self._unknown(head)
+                    continue
             if waiting is not None:
                 await self._first(waiting, head, command)
             elif isinstance(command, NetfenceError):
@@ -208,7 +214,7 @@ class Commands:
         await waiting.settled.wait()
         failure = waiting.failure
         if failure is None and isinstance(command, BulkUpdate):
-            if self._waiting.get(head.id) is waiting:  # the update that it holds may be large
+            if self._waiting.get(head.id) is waiting:  # else it is gone again; the update that it holds may be large
                 self._through[head.id] = self._waiting.pop(head.id).view
             self._applied(head, command)
         else:
@@ -252,7 +258,7 @@ class Commands:
         self._answer(head, ok=False, errors=(f"no attachment {shown(head.id)}",))
 
     def _answer(self, head: Head, *, ok: bool, errors: tuple[str, ...] = ()) -> None:
-        if not head.nonce or len(head.nonce) > MAX_NONCE_BYTES or len(head.id) > MAX_ID_BYTES:
+        if not head.nonce or _size(head.nonce) > MAX_NONCE_BYTES or _size(head.id) > MAX_ID_BYTES:
             return
         view = self._host.view(head.id) if self._host is not None else None
         # With the hash, as of now: of commands applied together the last one's.
@@ -263,9 +269,9 @@ class Commands:
 
 async def _converted(head: Head, data: bytes) -> Command | NetfenceError:
     """Return the command, or why it is none; a large one is read in a thread."""
-    if (size := len(head.version.encode())) > MAX_VERSION_BYTES:
+    if (size := _size(head.version)) > MAX_VERSION_BYTES:
         return InvalidError(f"version: {size} bytes long; at most {MAX_VERSION_BYTES} are allowed")
-    if (size := len(head.nonce.encode())) > MAX_NONCE_BYTES:
+    if (size := _size(head.nonce)) > MAX_NONCE_BYTES:
         return InvalidError(f"nonce: {size} bytes long; at most {MAX_NONCE_BYTES} are allowed")
     try:
         return await asyncio.to_thread(_read, data) if len(data) >= LARGE_BYTES else _read(data)
@@ -277,13 +283,17 @@ def _read(data: bytes) -> Command:
     try:
         if len(data) >= COUNTED_BYTES:
             most = MAX_CIDR_RULES + MAX_DOMAIN_RULES
-            if entries_of(data, most) > most:
+            if entries_of(data, most + OTHER_FIELDS) > most + OTHER_FIELDS:
                 raise ExhaustedError(
                     f"more than {most} CIDRs and domains: an attachment may have {MAX_CIDR_RULES} of each"
                 )
         return command_of(control_pb2.ControlCommand.FromString(data))
     except (DecodeError, ValueError) as error:
         raise InvalidError(f"command: {len(data)} bytes that cannot be read: {error}") from None
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
 
 
 def _errors(error: NetfenceError) -> tuple[str, ...]:

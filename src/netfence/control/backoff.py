@@ -15,9 +15,6 @@ FIRST_S: Final = 3.0
 CAP_S: Final = 30.0
 """No try comes later than this."""
 
-STABLE_S: Final = 60.0
-"""A stream that stood for so long has proved its control plane: the next failure counts as the first."""
-
 
 class Backoff:
     """Gives the seconds to wait before the next try."""
@@ -25,6 +22,11 @@ class Backoff:
     def __init__(self, rng: random.Random | None = None) -> None:
         self._rng = rng or random.SystemRandom()
         self._window = FIRST_S
+
+    @property
+    def window_s(self) -> float:
+        """The longest that `next` may say. A stream that stood for longer has proved its control plane."""
+        return self._window
 
     def next(self) -> float:
         """Return how long to wait: any moment of a window that doubles each time."""

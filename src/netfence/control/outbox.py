@@ -60,7 +60,8 @@ class Result:
     @property
     def size(self) -> int:
         """Return about how many bytes it takes."""
-        return 200 + len(self.nonce) + len(self.id) + len(self.version) + sum(len(error) + 60 for error in self.errors)
+        texts = (self.nonce, self.id, self.version, *self.errors)
+        return 200 + sum(len(text.encode()) + 60 for text in texts)
 
     def late(self) -> Result:
         """Return what is told of it on another stream than its command's: without the nonce, and not every fault."""
@@ -202,6 +203,9 @@ class Outbox:
                 results["result", event.id] = event.late()
         rest = {key: event for key, event in self._waiting.items() if key[0] != "result"}
         told_again: dict[Key, Event] = {("unsubscribed", event.id): event for event in unsure}
+        for one in (*told_again, *rest):
+            if one[0] == "unsubscribed":
+                results.pop(("result", one[1]), None)
         self._waiting = {**told_again, **rest, **results}
         self._open = False
         self._results = self._result_bytes = 0

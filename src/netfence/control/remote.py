@@ -22,7 +22,7 @@ import structlog
 
 from netfence.config import ControlPlane
 from netfence.control.applying import Commands
-from netfence.control.backoff import FIRST_S, STABLE_S, Backoff
+from netfence.control.backoff import FIRST_S, Backoff
 from netfence.control.channel import call_metadata, make_channel
 from netfence.control.credentials import Credentials, Secrets
 from netfence.control.events import sync_event
@@ -81,6 +81,7 @@ class RemoteControl:
         self._hurry = asyncio.Event()  # an attach waits: try soon
         self._last_contact = time.monotonic()
         self._stale = self._followed = False  # what it has to be, and what all attachments have been told
+        self._leaving = False  # the daemon ends
         self._unwaited: set[str] = set()  # attached without waiting; perhaps not acked yet
         self._met = asyncio.Event()  # the SyncAck came, or the stream went
         self._came = asyncio.Event()  # the SyncAck came
@@ -132,15 +133,18 @@ class RemoteControl:
 
     async def drain(self) -> None:
         """Give the last events a moment to be told, and store that the control plane was here until now."""
-        if self._state is ConnectionState.CONNECTED:
-            await self._store_contact()
+        if self._state is not ConnectionState.CONNECTED or self._stream is None:
+            return
+        self._leaving = True
+        await self._store_contact()
         try:
             async with asyncio.timeout(DRAIN_S):
-                if self._stream is not None and len(self._outbox):
+                if len(self._outbox):
                     await self._outbox.emptied()
                     await self._stream.finish()
         except TimeoutError:
-            log.warning("events_not_told", count=len(self._outbox), effect="the next SyncRequest tells the same")
+            if count := len(self._outbox):
+                log.warning("events_not_told", count=count, effect="the next SyncRequest tells the same")
 
     # -- attachments --------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,7 @@ class RemoteControl:
             if ended:
                 if too_large:
                     return self._backoff.longest(), False
-                if synced and time.monotonic() - began > STABLE_S:
+                if synced and time.monotonic() - began > self._backoff.window_s:
                     self._backoff.reset()
                     break
                 if synced and index + 1 < len(self._settings.url):
@@ -327,6 +331,8 @@ class RemoteControl:
         assert self._host is not None  # noqa: S101 - for mypy
         while True:
             await asyncio.sleep(self._settings.heartbeat_interval)
+            if self._leaving:
+                continue
             try:
                 self._outbox.heartbeat(Heartbeat(tuple(await self._host.stats())))
             except Exception as error:

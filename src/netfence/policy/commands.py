@@ -334,7 +334,7 @@ def _dns(spec: DnsSpec, faults: list[str]) -> DnsPolicy | None:
     upstreams: list[str] = []
     if len(spec.upstreams) > MAX_UPSTREAMS:
         faults.append(f"dns.upstream_servers: {len(spec.upstreams)} given, at most {MAX_UPSTREAMS} are allowed")
-    for index, text in enumerate(spec.upstreams):
+    for index, text in enumerate(spec.upstreams[:MAX_UPSTREAMS]):
         try:
             upstreams.append(canonical_upstream(text))
         except ValueError as fault:

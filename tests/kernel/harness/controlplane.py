@@ -38,6 +38,7 @@ T = TypeVar("T")
 PROGRAM = Path(__file__).with_name("controlplane_main.py")
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT_S = 10.0
+RECONNECT_S = 40.0  # the daemon's longest pause is 30 s, after streams that were short
 HANG = "HANG"
 SYNC_ACK = control_pb2.ControlCommand(sync_ack=control_pb2.SyncAck())
 
@@ -296,7 +297,7 @@ class ControlPlaneProcess:
     @property
     def stream(self) -> int:
         """The number of the only open stream; waits for it."""
-        return self._wait(lambda: [*self._open()], "a stream to be open")[0]
+        return self._wait(lambda: [*self._open()], "a stream to be open", RECONNECT_S)[0]
 
     @property
     def queries(self) -> list[Seen]:
@@ -334,7 +335,7 @@ class ControlPlaneProcess:
         """Wait for an event as `events` finds it, and return what the first carries."""
         return self.wait_seen(name, timeout_s=timeout_s, **which).body
 
-    def wait_streams(self, count: int, timeout_s: float = TIMEOUT_S) -> Seen:
+    def wait_streams(self, count: int, timeout_s: float = RECONNECT_S) -> Seen:
         """Wait until so many streams were opened in all; return that one's opening."""
         return self._wait(lambda: self.streams[count - 1 : count], f"{count} streams", timeout_s)[0]
 

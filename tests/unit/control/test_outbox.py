@@ -454,7 +454,6 @@ def test_the_size_of_a_result_is_all_its_text(large: Result) -> None:
     assert large.size >= 1000 + Result("n", "a", "v", ok=True).size - 3
 
 
-@pytest.mark.xfail(strict=True, reason="Outbox.lost keeps results of attachments whose Unsubscribed waits")
 def test_a_late_result_for_an_attachment_that_left_on_the_same_stream_is_not_kept() -> None:
     async def work(bench: Bench) -> None:
         bench.outbox.result(result("n1"))

@@ -311,3 +311,11 @@ def test_a_command_with_as_many_faults_as_are_written_out_counts_none(monkeypatc
     with pytest.raises(InvalidError) as raised:
         apply(EMPTY, BulkUpdate(mode=Mode.ALLOWLIST, deny_cidrs=["x"] * 5), NOW)
     assert [error.split(":")[0] for error in raised.value.errors] == [f"deny_cidrs[{index}]" for index in range(5)]
+
+
+def test_of_too_many_upstreams_only_as_many_as_allowed_are_read() -> None:
+    update = BulkUpdate(mode=Mode.BLOCK_ALL, dns=DnsSpec(DnsMode.DISABLED, upstreams=["nonsense"] * 100_000))
+    with pytest.raises(InvalidError) as caught:
+        apply(EMPTY, update, 0.0)
+    assert caught.value.errors[0] == "dns.upstream_servers: 100000 given, at most 8 are allowed"
+    assert len(caught.value.errors) == 1 + 8
