@@ -38,7 +38,7 @@ def set_up(level: str, fmt: str, stream: TextIO | None = None) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(out),
+        logger_factory=lambda *_: _Writer(out),
         cache_logger_on_first_use=False,
     )
     # Libraries (grpc, asyncio) log through the standard library: their warnings go the same way.
@@ -63,6 +63,22 @@ class LogLimit:
             return False
         self._next = now + LOG_EVERY_S
         return True
+
+
+class _Writer:
+    """Writes lines. One that cannot be written is lost: a full disk or a reader that went away must stop nothing."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def msg(self, line: str) -> None:
+        try:
+            self._out.write(f"{line}\n")
+            self._out.flush()
+        except (OSError, ValueError):  # ValueError: it was closed
+            pass
+
+    debug = info = warning = warn = error = critical = fatal = exception = failure = log = msg
 
 
 class _Bridge(logging.Handler):

@@ -248,8 +248,16 @@ def test_a_deleted_interface_is_cleaned_up_within_a_second(daemon: Fenced, topol
     wait_for(lambda: not daemon.link_pins(), "its pins to go", 1.0)
     with pytest.raises(RefusedError, match="no attachment"):
         daemon.detach(attached.id)
-    with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
-        sock.bind(attached.dns)  # its DNS port is free again
+
+    def port_is_free() -> bool:
+        with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            try:
+                sock.bind(attached.dns)
+            except OSError:
+                return False
+            return True
+
+    wait_for(port_is_free, "its DNS port to be free again", 1.0)
 
 
 def test_an_interface_moved_to_another_namespace_is_cleaned_up(daemon: Fenced, topology: Topology) -> None:

@@ -89,3 +89,21 @@ def test_a_line_at_once_then_rarely_and_all_are_counted() -> None:
     limit = log.LogLimit()
     assert [limit.due(5.0 + n * log.LOG_EVERY_S / 2) for n in range(5)] == [True, False, True, False, True]
     assert limit.count == 5
+
+
+class Gone(io.StringIO):
+    """A stream whose reader went away, or whose disk is full."""
+
+    def write(self, text: str, /) -> int:  # noqa: ARG002 - the stream's signature
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("out", [Gone(), "closed"], ids=["pipe", "closed"])
+def test_a_line_that_cannot_be_written_stops_nothing(out: io.StringIO | str) -> None:
+    stream = io.StringIO() if isinstance(out, str) else out
+    log.set_up("info", "json", stream)
+    if isinstance(out, str):
+        stream.close()
+    structlog.get_logger().warning("lost", why="nobody reads")
+    structlog.get_logger().exception("lost")
+    logging.getLogger("library").error("lost")
