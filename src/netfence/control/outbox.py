@@ -171,6 +171,11 @@ class Outbox:
             self._unsure.append((now, event))
         self._note()
 
+    @property
+    def empty(self) -> bool:
+        """Tell whether all that waited has been written."""
+        return self._empty.is_set()
+
     async def emptied(self) -> None:
         """Wait until all that waited has been written."""
         await self._empty.wait()

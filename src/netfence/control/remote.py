@@ -1,12 +1,10 @@
 """The remote control plane: a `ControlPort` on the stream of wire.md.
 
-Owns which endpoint is asked and when again, the attaches that wait for it, heartbeats, and how long it has been away.
-One connection is `stream`'s, its commands `applying`'s, what waits to be told `outbox`'s, names `queries`', TLS and
-token `credentials`'.
+Owns which endpoint is asked and when again, the attaches that wait for it, and heartbeats. One connection is
+`stream`'s, its commands `applying`'s, what waits to be told `outbox`'s, names `queries`', TLS and token `credentials`',
+what follows from a long absence `contact`'s.
 
-While there is no stream the last policies stay in force and DNS goes on (mode `proxy` answers SERVFAIL). After
-`control_plane.max_stale` without one, `stale_action` `block_all` blocks every attachment until the next SyncAck. How
-long it has been away is stored, so that a restart of the daemon does not begin to count anew.
+While there is no stream the last policies stay in force and DNS goes on (mode `proxy` answers SERVFAIL).
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from netfence.config import ControlPlane
 from netfence.control.applying import Commands
 from netfence.control.backoff import FIRST_S, Backoff
 from netfence.control.channel import call_metadata, make_channel
+from netfence.control.contact import Contact
 from netfence.control.credentials import Credentials, Secrets
 from netfence.control.events import sync_event
 from netfence.control.outbox import Heartbeat, Outbox
@@ -43,15 +42,6 @@ from netfence.v1 import control_pb2
 
 QUEUE_FACTOR: Final = 2
 """Commands that wait to be applied, in messages of the largest size: one being applied, one behind it."""
-
-CONTACT_S: Final = 30.0
-"""How often it is stored that the control plane is here; so much older it may seem after a crash."""
-
-CONTACT_LEAST_S: Final = 0.25
-"""Not more often than this, however small `max_stale` is."""
-
-FOLLOW_AGAIN_S: Final = 1.0
-"""Before attachments that could not be blocked or unblocked are tried again."""
 
 DRAIN_S: Final = 2.0
 """What a clean stop waits for the last events to be read."""
@@ -79,12 +69,9 @@ class RemoteControl:
         self._host: ControlHost | None = None
         self._daemon_id = ""
         self._hurry = asyncio.Event()  # an attach waits: try soon
-        self._last_contact = time.monotonic()
-        self._stale = self._followed = False  # what it has to be, and what all attachments have been told
+        self._contact = Contact(settings.max_stale, settings.stale_action)
         self._leaving = False  # the daemon ends
         self._unwaited: set[str] = set()  # attached without waiting; perhaps not acked yet
-        self._met = asyncio.Event()  # the SyncAck came, or the stream went
-        self._came = asyncio.Event()  # the SyncAck came
 
     # -- what the daemon asks -----------------------------------------------------------------------------------------
 
@@ -101,14 +88,12 @@ class RemoteControl:
     @property
     def stale(self) -> bool:
         """Tell whether the control plane is away for longer than `max_stale` and that is to block everything."""
-        return self._stale
+        return self._contact.stale
 
     def introduce(self, daemon_id: str, away_s: float | None) -> None:
         """Tell who we are, and for how long the control plane has been away."""
         self._daemon_id = daemon_id
-        self._last_contact = time.monotonic() - (away_s or 0.0)
-        # What is restored asks for itself, and has to be blocked from its first moment.
-        self._stale = self._followed = self._overdue() and self._settings.stale_action == "block_all"
+        self._contact.begin(away_s or 0.0)
 
     def check(self, target: str) -> None:
         """Accept every target."""
@@ -121,8 +106,7 @@ class RemoteControl:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_connected())
                 group.create_task(self._beat())
-                group.create_task(self._watch_contact())
-                group.create_task(self._watch_staleness())
+                group.create_task(self._contact.keep(host))
                 group.create_task(self._credentials.watch())
         finally:
             await self._commands.close()
@@ -133,13 +117,13 @@ class RemoteControl:
 
     async def drain(self) -> None:
         """Give the last events a moment to be told, and store that the control plane was here until now."""
-        if self._state is not ConnectionState.CONNECTED or self._stream is None:
+        if self._state is not ConnectionState.CONNECTED or self._stream is None or self._host is None:
             return
         self._leaving = True
-        await self._store_contact()
+        await self._contact.store(self._host)
         try:
             async with asyncio.timeout(DRAIN_S):
-                if len(self._outbox):
+                if not self._outbox.empty:
                     await self._outbox.emptied()
                     await self._stream.finish()
         except TimeoutError:
@@ -204,9 +188,7 @@ class RemoteControl:
     def synced(self) -> None:
         """Note that the control plane knows us."""
         self._state = ConnectionState.CONNECTED
-        self._last_contact = time.monotonic()
-        self._met.set()
-        self._came.set()
+        self._contact.came()
         log.info("control_plane_connected", address=self._address)
 
     async def take(self, head: Head, data: bytes) -> None:
@@ -266,8 +248,7 @@ class RemoteControl:
             self._address, self._stream = "", None
             self._state = ConnectionState.DISCONNECTED
             if stream.synced:
-                self._last_contact = time.monotonic()
-                self._met.set()
+                self._contact.went()
             self._lose(address, synced=stream.synced)
             await channel.close()
         return stream.synced, too_large, ended
@@ -293,10 +274,11 @@ class RemoteControl:
                 limit=self._settings.max_message_size,
                 remedy="raise control_plane.max_message_size, or the peer's own limit",
             )
+        elif self._leaving:
+            log.info("control_plane_left", address=address)
         elif stream.synced:
-            log.warning(
-                "control_plane_lost", address=address, error=str(error), effect="the last policies stay in force"
-            )
+            effect = "the last policies stay in force"
+            log.warning("control_plane_lost", address=address, error=str(error), effect=effect)
         else:
             log.warning("control_plane_not_reached", address=address, error=str(error))
 
@@ -324,8 +306,6 @@ class RemoteControl:
         except TimeoutError:
             pass
 
-    # -- in regular intervals -----------------------------------------------------------------------------------------
-
     async def _beat(self) -> None:
         """Tell the counters."""
         assert self._host is not None  # noqa: S101 - for mypy
@@ -337,71 +317,3 @@ class RemoteControl:
                 self._outbox.heartbeat(Heartbeat(tuple(await self._host.stats())))
             except Exception as error:
                 log.exception("heartbeat_failed", error=str(error), effect="the next one comes in time")
-
-    async def _watch_contact(self) -> None:
-        """Store that the control plane is here: when it comes, and now and then."""
-        while self._settings.max_stale:
-            self._came.clear()
-            if self._state is ConnectionState.CONNECTED:
-                await self._store_contact()
-            try:
-                async with asyncio.timeout(max(min(CONTACT_S, self._settings.max_stale / 4), CONTACT_LEAST_S)):
-                    await self._came.wait()
-            except TimeoutError:
-                pass
-
-    async def _store_contact(self) -> None:
-        assert self._host is not None  # noqa: S101 - for mypy
-        self._last_contact = time.monotonic()
-        if not self._settings.max_stale:
-            return
-        try:
-            await self._host.save_contact()
-        except Exception as error:  # noqa: BLE001 - it seems older after a restart, that is all
-            log.warning("contact_not_stored", error=str(error))
-
-    async def _watch_staleness(self) -> None:
-        """Block every attachment when the control plane is away for too long, and end that when it is back."""
-        max_stale = self._settings.max_stale
-        told = False
-        while max_stale:
-            self._met.clear()
-            overdue = self._overdue()
-            if overdue is not told:
-                told = overdue
-                log.warning(
-                    "control_plane_stale" if overdue else "control_plane_back", action=self._settings.stale_action
-                )
-            self._stale = overdue and self._settings.stale_action == "block_all"
-            if overdue or self._state is ConnectionState.CONNECTED:
-                pause_s = max_stale
-            else:
-                pause_s = max(self._last_contact + max_stale - time.monotonic(), 0.001)
-            if not await self._follow():
-                pause_s = min(pause_s, FOLLOW_AGAIN_S)
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._met.wait()
-            except TimeoutError:
-                pass
-
-    async def _follow(self) -> bool:
-        """Have the attachments follow `stale`; False when some could not."""
-        assert self._host is not None  # noqa: S101 - for mypy
-        wanted = self._stale
-        if wanted is self._followed:
-            return True
-        try:
-            await self._host.follow_staleness()
-        except Exception as error:  # noqa: BLE001 - tried again
-            log.error("staleness_not_followed", error=str(error), next_try_s=FOLLOW_AGAIN_S)  # noqa: TRY400
-            return False
-        self._followed = wanted
-        return True
-
-    def _overdue(self) -> bool:
-        """Tell whether the control plane is away for too long."""
-        max_stale = self._settings.max_stale
-        if not max_stale or self._state is ConnectionState.CONNECTED:
-            return False
-        return time.monotonic() - self._last_contact >= max_stale

@@ -32,6 +32,7 @@ from tests.unit.control.peer import (
 
 from netfence.config import ControlPlane
 from netfence.control import backoff as backoff_module
+from netfence.control import contact as contact_module
 from netfence.control import remote as module
 from netfence.control import stream as stream_module
 from netfence.control.credentials import Credentials, load
@@ -1027,7 +1028,7 @@ def test_away_for_too_long_everything_is_blocked_until_the_next_sync_ack(tmp_pat
             first.end()
             await until(lambda: bench.host.followed)
             assert asyncio.get_running_loop().time() - lost > 0.08
-            assert bench.control._last_contact >= lost
+            assert bench.control._contact._last >= lost
             assert bench.control.stale
             assert bench.host.followed == [True]
             bench.peer.acks = False
@@ -1086,7 +1087,7 @@ def test_what_is_left_of_the_time_is_counted_over_a_restart(tmp_path: Path) -> N
 
 
 def test_attachments_that_could_not_be_blocked_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FOLLOW_AGAIN_S", 0.01)
+    monkeypatch.setattr(contact_module, "FOLLOW_AGAIN_S", 0.01)
 
     async def work(bench: Bench) -> None:
         bench.peer.refuses = (grpc.StatusCode.UNAVAILABLE, "down")
@@ -1105,7 +1106,8 @@ def test_attachments_that_could_not_be_blocked_are_tried_again(tmp_path: Path, m
 def test_the_contact_is_stored_while_it_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
-    monkeypatch.setattr(module, "CONTACT_S", 0.01)
+    monkeypatch.setattr(contact_module, "STORE_S", 0.01)
+    monkeypatch.setattr(contact_module, "STORE_LEAST_S", 0.01)
 
     async def work(bench: Bench) -> None:
         bench.peer.acks = False
