@@ -24,10 +24,9 @@ import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
-from weakref import WeakValueDictionary
 
 import structlog
 
@@ -35,33 +34,18 @@ from netfence import policy_codec
 from netfence.control.port import AttachmentView, ControlPort, FirstPolicy
 from netfence.dns.gate import ProxyAnswer
 from netfence.errors import NetfenceError, NotFoundError, PreconditionError
+from netfence.judging import Given, Refusals, Versioned, blocked, given, is_large, judge, raise_first, told_apart
 from netfence.leasing import PROXY, LeaseKernel, LeaseLimits, Leases, LeaseTable, keeps
-from netfence.policy.cidr import NEVER
-from netfence.policy.commands import BulkUpdate, Command, apply
+from netfence.policy.commands import BulkUpdate, Command
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
 from netfence.policy.search import judge_asked
 from netfence.store import Row
 from netfence.tasks import finish
 
-BULK = 500  # rules from which a command is worth a thread: below, the thread costs more than the work
-Versioned = tuple[Command, str]  # a command and the version it brings
-
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class _Given:
-    """A bulk update and the policy it made, as one: whoever is given the same update gets the same policy."""
-
-    update: BulkUpdate
-    policy: Policy
-
-
-# By id of the update, as long as some attachment has its policy: the policy file gives one update to many attachments.
-_given: WeakValueDictionary[int, _Given] = WeakValueDictionary()
 
 
 class Kernel(LeaseKernel, Protocol):
@@ -102,11 +86,11 @@ class Attachment:
         self.row = row
         self.active = False  # the first policy is in force and stored
         self._stored = policy  # what commands made
-        self._policy = _blocked(policy) if control.stale else policy  # in force: that, or block_all while stale
+        self._policy = blocked(policy) if control.stale else policy  # in force: that, or block_all while stale
         self.policy_hash = self._policy.hash()
         self._in_kernel: Policy | None = None
         self._generation = 0
-        self._made_by: _Given | None = None  # keeps what made the policy in `_given`, while nothing else changed it
+        self._made_by: Given | None = None  # keeps the policy shared, while no other command changed it
         self._kernel, self._store, self._control = kernel, store, control
         self._leases = Leases(row.slot, kernel, limits, table)
         self._suffixes = limits.suffixes
@@ -172,9 +156,9 @@ class Attachment:
 
         Raises InvalidError with every fault, ExhaustedError when a table is full, NotFoundError once closed.
         """
-        _raise_first(await self.apply_all([(command, version)]))
+        raise_first(await self.apply_all([(command, version)]))
 
-    async def apply_all(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
+    async def apply_all(self, commands: Sequence[Versioned]) -> Refusals:
         """Apply commands in order; return for each why it was refused, or None. See `ControlHost.apply_all`."""
         # Taken before any suspension, so that commands take effect in the order of the calls.
         async with self._lock:
@@ -182,7 +166,7 @@ class Attachment:
                 raise NotFoundError(f"apply a command to {self.row.id}: it was detached")
             return await finish(self._apply_each(commands), f"apply {self.row.id}")
 
-    async def _apply_each(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
+    async def _apply_each(self, commands: Sequence[Versioned]) -> Refusals:
         """Apply commands together; should kernel or store refuse them so, one by one: each has its own fate."""
         try:
             return await self._apply(commands)
@@ -191,19 +175,14 @@ class Attachment:
                 if isinstance(error, NetfenceError):
                     return [error]
                 self.log.exception("command_failed", error=str(error))
-                return [
-                    NetfenceError(
-                        f"apply {type(commands[0][0]).__name__} to {self.row.id}: internal error, see the log"
-                    )
-                ]
+                what = f"apply {type(commands[0][0]).__name__} to {self.row.id}"
+                return [NetfenceError(f"{what}: internal error; the daemon's log has the details")]
         return [refusal for one in commands for refusal in await self._apply_each([one])]
 
-    async def _apply(self, commands: Sequence[Versioned]) -> list[NetfenceError | None]:
+    async def _apply(self, commands: Sequence[Versioned]) -> Refusals:
         old = self._stored
-        now = time.monotonic()
-        large = sum(_rules(command) for command, _ in commands) + len(old.cidrs) + len(old.dns.domains) > BULK
-        judge = functools.partial(self._judge, old, commands, now)
-        steps, refusals = await asyncio.to_thread(judge) if large else judge()
+        work = functools.partial(judge, old, commands, time.monotonic())
+        steps, refusals = await asyncio.to_thread(work) if is_large(old, commands) else work()
         new = steps[-1]
         done = [one for one, refusal in zip(commands, refusals, strict=True) if refusal is None]
         if not done:
@@ -211,7 +190,7 @@ class Attachment:
         await self._switch(new)
         acked = self.row.acked or any(isinstance(command, BulkUpdate) for command, _ in done)
         try:
-            for before, after in pairwise(_told_apart(steps)):
+            for before, after in pairwise(told_apart(steps)):
                 await self._leases.drop_denied(before, after)
             digest = await self._digest()
             await self._save(new, done[-1][1], acked=acked)
@@ -220,41 +199,12 @@ class Attachment:
             raise
         self.policy_hash = digest
         self.active = True
-        self._note(done[-1][0], new)
         command, version = done[-1]
+        self._made_by = given(command, new)
         many = {"commands": len(done)} if len(done) > 1 else {}
         mode = new.mode.name.lower()
         self.log.info("policy_applied", command=type(command).__name__, version=version, mode=mode, **many)
         return refusals
-
-    def _judge(
-        self, policy: Policy, commands: Sequence[Versioned], now: float
-    ) -> tuple[list[Policy], list[NetfenceError | None]]:
-        """Return the policies that the good ones among the commands make, old one first, and the others' refusals."""
-        steps = [policy]
-        refusals: list[NetfenceError | None] = []
-        for command, _ in commands:
-            try:
-                steps.append(self._shared(command) or apply(steps[-1], command, now))
-            except NetfenceError as error:
-                refusals.append(error)
-            else:
-                refusals.append(None)
-        return steps, refusals
-
-    def _shared(self, command: Command) -> Policy | None:
-        """Return the policy that another attachment was given by this very update: it is immutable, so one will do."""
-        given = _given.get(id(command))
-        return given.policy if given is not None and given.update is command else None
-
-    def _note(self, command: Command, policy: Policy) -> None:
-        """Remember what made our policy, if it makes the same for everybody: a TTL begins when it is applied."""
-        self._made_by = None
-        if isinstance(command, BulkUpdate) and policy.cidrs.next_expiry() == NEVER:
-            known = _given.get(id(command))
-            if known is None or known.update is not command:
-                known = _given[id(command)] = _Given(command, policy)
-            self._made_by = known
 
     async def begin(self, first: FirstPolicy | None) -> None:
         """Apply the first policy, as `apply` does; None: stay with the start policy, durably: nobody waits for one.
@@ -278,7 +228,7 @@ class Attachment:
             settled(None)
 
     async def _apply_first(self, first: FirstPolicy) -> None:
-        _raise_first(await self._apply_each([(first.update, first.version)]))
+        raise_first(await self._apply_each([(first.update, first.version)]))
 
     async def _begin_unacked(self) -> None:
         if self._control.stale or self._policy is not self._stored:  # whatever start_mode says
@@ -391,7 +341,7 @@ class Attachment:
 
     async def _switch(self, stored: Policy) -> None:
         """Put in force what `stored` says, or block_all in its place while we are stale."""
-        new = _blocked(stored) if self._control.stale else stored
+        new = blocked(stored) if self._control.stale else stored
         if new is not self._in_kernel:
             await self._kernel.apply(self.row.slot, new, self._in_kernel)
         self._in_kernel = self._policy = new
@@ -401,8 +351,7 @@ class Attachment:
     async def _digest(self) -> str:
         """Return the hash of what is in force."""
         policy = self._policy
-        large = len(policy.cidrs) + len(policy.dns.domains) > BULK
-        return await asyncio.to_thread(policy.hash) if large else policy.hash()
+        return await asyncio.to_thread(policy.hash) if is_large(policy) else policy.hash()
 
     async def _switch_back(self, new: Policy, old: Policy) -> None:
         """Go back to `old`, also in what only `new` let names open meanwhile. The caller hears of the first failure."""
@@ -461,38 +410,6 @@ class Attachment:
             self.log.warning("lease_refused", name=name, error=str(error), since_start=self.refused_leases)
 
 
-def _raise_first(refusals: Sequence[NetfenceError | None]) -> None:
-    for refusal in refusals:
-        if refusal is not None:
-            raise refusal
-
-
-def _told_apart(steps: Sequence[Policy]) -> list[Policy]:
-    """Return the policies without those that differ from the one before in nothing that names are judged by.
-
-    Each is worth a look at the leases: what one command denies is revoked, also when the next allows it again.
-    """
-
-    def differs(old: Policy, new: Policy) -> bool:
-        same = (new.mode, new.audit, new.dns.mode) == (old.mode, old.audit, old.dns.mode)
-        return not same or new.dns.domains is not old.dns.domains
-
-    return [steps[0], *(new for old, new in pairwise(steps) if differs(old, new))]
-
-
-def _blocked(policy: Policy) -> Policy:
-    """Return the policy with nothing let out; its rules stay, so that putting them back is one write."""
-    return replace(policy, mode=Mode.BLOCK_ALL, audit=False)
-
-
 def dns_address(row: Row) -> str:
     """Return ``host:port``, IPv6 in brackets."""
     return f"[{row.dns_host}]:{row.dns_port}" if ":" in row.dns_host else f"{row.dns_host}:{row.dns_port}"
-
-
-def _rules(command: Command) -> int:
-    """Count the rules a command brings."""
-    if not isinstance(command, BulkUpdate):
-        return 1
-    names = len(command.dns.allow) + len(command.dns.deny) if command.dns is not None else 0
-    return len(command.allow_cidrs) + len(command.deny_cidrs) + names

@@ -1138,7 +1138,7 @@ def test_a_defect_costs_its_command_and_not_the_others() -> None:
         assert [outcomes[0], outcomes[2]] == [None, None]
         assert isinstance(outcomes[1], NetfenceError)
         assert "SetMode" in str(outcomes[1])
-        assert "internal error, see the log" in str(outcomes[1])
+        assert "internal error; the daemon's log has the details" in str(outcomes[1])
         assert "secret" not in str(outcomes[1])
         assert "secret" in next(entry["error"] for entry in logs if entry["event"] == "command_failed")
         assert bench.one.row.policy_version == "v4"
