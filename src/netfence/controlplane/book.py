@@ -57,7 +57,7 @@ class Book:
                 new=f"{daemon.hostname} {daemon.address}",
                 remedy="" if same else "two hosts have the same daemon_id: was data_dir copied? give each its own",
             )
-            self.leave(record, old)
+            self.leave(daemon.id, old)
             old.end("ABORTED", f"daemon {daemon.id} has connected anew from {daemon.hostname} {daemon.address}")
         record.link, record.daemon = link, daemon
         record.confirms = "nonce" in daemon.capabilities
@@ -74,9 +74,10 @@ class Book:
         )
         return record
 
-    def leave(self, record: Record, link: Link) -> None:
-        """Note that a stream has ended; nothing happens if a newer one has taken over."""
-        if record.link is not link:
+    def leave(self, daemon_id: str, link: Link) -> None:
+        """Note that a stream has ended; nothing happens if a newer one has taken over, or it never arrived."""
+        record = self._records.get(daemon_id)
+        if record is None or record.link is not link:
             return
         self.changes += 1
         record.link = None
@@ -178,7 +179,7 @@ class Book:
             attachment = attachment_of(message, record.daemon)
             known = record.entries.get(message.id)
             entry = Entry(attachment, record, fresh=False) if known is None else known
-            entry.resume(attachment, message.policy_version, message.policy_hash)
+            entry.resume(attachment, message)
             if known is None:
                 self._add(entry)
             else:

@@ -82,6 +82,7 @@ class _Process:
         self._options = options
         self._screen = screen
         self._reload = asyncio.Event()
+        self._retry_refused = False
         self._stop = asyncio.Event()
 
     async def main(self) -> int:
@@ -89,7 +90,7 @@ class _Process:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         options = self._options
         watch = FileWatch(options.policy)  # before the first reading, so that no change is missed
         try:
@@ -116,6 +117,10 @@ class _Process:
             for task in tasks:
                 task.cancel()
 
+    def _hang_up(self) -> None:
+        self._retry_refused = True
+        self._reload.set()
+
     async def _watch(self, watch: FileWatch) -> None:
         while True:
             await watch.changed()
@@ -139,7 +144,8 @@ class _Process:
 
     async def _tell(self, plane: ControlPlane, policies: FilePolicies) -> None:
         log.info("policy_file_loaded", file=str(policies.path), rules=policies.rules)
-        results = await plane.update(timeout_s=UPDATE_S)
+        retry_refused, self._retry_refused = self._retry_refused, False
+        results = await plane.update(timeout_s=UPDATE_S, retry_refused=retry_refused)
         log.info("policies_updated", results=str(results))
 
     async def _show(self, plane: ControlPlane, policies: FilePolicies, show: Callable[[], None]) -> None:

@@ -35,8 +35,10 @@ class Deciders:
         self._decided = decided
         self._limits = limits
         self._turns: asyncio.Queue[Record] = asyncio.Queue()  # bounded: a record stands in it once
-        # Equal policies as one object, also where `policy_for` makes them anew each time: encoded and kept once.
-        self._shared: weakref.WeakValueDictionary[Policy, Policy] = weakref.WeakValueDictionary()
+        self._in_line: set[Record] = set()
+        # Equal policies as one object, also where `policy_for` makes them anew each time: encoded and kept once. By
+        # name, because a policy as the key would be kept by its own entry.
+        self._shared: weakref.WeakValueDictionary[tuple[str, str], Policy] = weakref.WeakValueDictionary()
 
     def ask(self, entry: Entry) -> None:
         """Ask about an attachment, anew if it is being decided at this moment."""
@@ -63,14 +65,14 @@ class Deciders:
 
     def _take_turn(self, record: Record) -> None:
         """Put the daemon into the line of daemons, unless it stands there, or has its share of workers."""
-        if record.asking and not record.in_line and record.deciding < self._limits.decisions_per_daemon:
-            record.in_line = True
+        if record.asking and record not in self._in_line and record.deciding < self._limits.decisions_per_daemon:
+            self._in_line.add(record)
             self._turns.put_nowait(record)
 
     async def _work(self) -> None:
         while True:
             record = await self._turns.get()
-            record.in_line = False
+            self._in_line.discard(record)
             if not record.asking:
                 continue
             entry = record.asking.popleft()
@@ -83,13 +85,16 @@ class Deciders:
             self._take_turn(record)
             try:
                 await self._decide(entry)
+                if not entry.gone:
+                    self._decided(entry)
+            except Exception as error:  # noqa: BLE001 - a defect of ours, which must not stop all other decisions
+                hush.error("deciding_failed", attachment=entry.attachment.id, exc_info=error)
+                self._retry(entry, RETRY_MOST_S)
             finally:
                 entry.deciding = False
                 record.deciding -= 1
-            if not entry.gone:
-                if entry.asked > entry.decided and entry.retry is None and record.link is not None:
-                    self._queue(entry)  # asked again meanwhile
-                self._decided(entry)
+            if entry.asked > entry.decided and entry.retry is None and record.link is not None:
+                self._queue(entry)  # asked again meanwhile
             self._take_turn(record)
             await asyncio.sleep(0)  # `policy_for` may answer without waiting for anything; the streams want a turn too
 
@@ -99,7 +104,7 @@ class Deciders:
         try:
             async with asyncio.timeout(self._limits.policy_timeout_s):
                 policy = _policy(await self._policy_for(entry.attachment))
-            policy = self._shared.setdefault(policy, policy)
+            policy = self._shared.setdefault(policy.key, policy)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -111,7 +116,7 @@ class Deciders:
             entry.decide(policy, question)
 
     def _fail(self, entry: Entry, question: int, error: BaseException) -> None:
-        said = str(error)
+        said = _said(error)
         if not said and isinstance(error, TimeoutError):
             said = f"no answer within {self._limits.policy_timeout_s:g} s"
         text = f"policy_for: {type(error).__name__}{': ' if said else ''}{said}"
@@ -126,8 +131,21 @@ class Deciders:
             retry_s=round(delay, 1),
             exc_info=error,
         )
-        if not entry.gone and entry.record.link is not None and entry.asked == question:
-            entry.retry = asyncio.get_running_loop().call_later(delay, self._queue, entry)
+        if entry.asked == question:
+            self._retry(entry, delay)
+
+    def _retry(self, entry: Entry, delay_s: float) -> None:
+        """Ask again later, if anybody will be there."""
+        if not entry.gone and entry.record.link is not None:
+            entry.stop_retry()
+            entry.retry = asyncio.get_running_loop().call_later(delay_s, self._queue, entry)
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - the user's code
+        return "it has no text: its __str__ raises"
 
 
 def _policy(answer: object) -> Policy:

@@ -8,7 +8,6 @@ TTL anew and a single command does not, and two changes at once, because a comma
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 from netfence.controlplane.policy import Policy, duration
@@ -21,16 +20,32 @@ from netfence.v1 import control_pb2
 MAX_PAIRS: Final = 64
 """Pairs of policies whose difference is remembered: one update of many attachments is about a few of them."""
 
+MAX_RULES: Final = 100_000
+"""Prefixes up to which two policies are compared: the comparison blocks the loop, some 50 ms for these."""
+
 MAX_DOMAINS: Final = 20_000
 """Domain rules up to which two lists are compared: the comparison blocks the loop, some 10 ms for these."""
 
 
-@functools.lru_cache(maxsize=MAX_PAIRS)
+_known: dict[tuple[tuple[str, str], tuple[str, str]], bytes | None] = {}  # by names: the policies are not kept
+
+
 def single_command(old: Policy, new: Policy) -> bytes | None:
     """Return a serialized ControlCommand without id and nonce that makes `new` of `old`, None where none does.
 
     Policies that mean the same get a command that changes nothing and carries the new version.
     """
+    pair = old.key, new.key
+    if pair not in _known:
+        if len(_known) >= MAX_PAIRS:
+            del _known[next(iter(_known))]
+        _known[pair] = _single_command(old, new)
+    return _known[pair]
+
+
+def _single_command(old: Policy, new: Policy) -> bytes | None:
+    if max(len(old.rules.cidrs), len(new.rules.cidrs)) > MAX_RULES:
+        return None
     command = _candidate(old, new)
     if command is None:
         return None

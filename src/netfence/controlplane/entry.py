@@ -32,6 +32,7 @@ from netfence.controlplane.views import (
     Result,
     State,
 )
+from netfence.v1 import control_pb2, types_pb2
 
 UNSAID: Final = ("refused, and the daemon did not say why",)
 
@@ -60,7 +61,7 @@ class Link(Protocol):
 class Record:
     """A daemon; `link` is None while it is away."""
 
-    __slots__ = ("asking", "confirms", "daemon", "deciding", "entries", "in_line", "last_seen", "link", "since")
+    __slots__ = ("asking", "confirms", "daemon", "deciding", "entries", "last_seen", "link", "since")
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
@@ -68,10 +69,9 @@ class Record:
         self.entries: dict[str, Entry] = {}
         self.confirms = False
         self.since = self.last_seen = time.time()
-        # Of `deciding`: the attachments to ask about, how many are being asked about, whether it has a turn coming.
+        # Of `deciding`: the attachments to ask about, how many are being asked about.
         self.asking: deque[Entry] = deque()
         self.deciding = 0
-        self.in_line = False
 
     def status(self) -> DaemonStatus:
         """Return a snapshot."""
@@ -89,6 +89,7 @@ class Entry:
     """An attachment; `fresh` until its first policy was sent, which answers its Subscribed."""
 
     __slots__ = (
+        "_errors",
         "_in_force",
         "_pushes",
         "_refused",
@@ -101,7 +102,6 @@ class Entry:
         "counters",
         "decided",
         "deciding",
-        "errors",
         "failures",
         "fault",
         "fresh",
@@ -133,7 +133,7 @@ class Entry:
         self._sent_for = 0
         self._sent_single = False
         self._refused: Policy | None = None
-        self.errors: tuple[str, ...] = ()
+        self._errors: tuple[str, ...] = ()  # why `_refused` was, which is the wanted policy or none
         # What the daemon said last.
         self.version = ""
         self.policy_hash = ""
@@ -142,11 +142,19 @@ class Entry:
 
     # -- events --------------------------------------------------------------------------------------------------------
 
-    def resume(self, attachment: Attachment, version: str, policy_hash: str) -> None:
-        """Take what a SyncRequest says of it."""
+    def resume(self, attachment: Attachment, message: control_pb2.Attachment) -> None:
+        """Take what a SyncRequest says of it.
+
+        Block-all may be what the daemon has laid over its policy for the time without us, and then neither that policy
+        nor its hash is told: what lies below counts as unknown.
+        """
+        before, now = self.attachment.daemon, attachment.daemon
+        if (before.version, before.capabilities) != (now.version, now.capabilities):
+            self.forget_refusal()  # another program may take what that one did not
         self.attachment = attachment
         self.fresh = False
-        self.version, self.policy_hash = version, policy_hash
+        self.version = message.policy_version
+        self.policy_hash = "" if message.mode == types_pb2.POLICY_MODE_BLOCK_ALL else message.policy_hash
         if self._in_force is not None and not self._reported(self._in_force):
             self._in_force = None
 
@@ -156,9 +164,13 @@ class Entry:
         self.decided = question
         self.failures = 0
         self.fault = ""
-        if self._refused is not None and policy != self._refused:
-            self._refused = None
-            self.errors = ()
+        if policy != self._refused:
+            self.forget_refusal()
+
+    def forget_refusal(self) -> None:
+        """Send again what the daemon has refused, if that is still wanted."""
+        self._refused = None
+        self._errors = ()
 
     def fail(self, question: int, fault: str) -> None:
         """Note that `policy_for` failed on that question."""
@@ -194,16 +206,17 @@ class Entry:
         return self._due() is not None
 
     def answered(self, *, ok: bool, version: str, policy_hash: str, errors: Sequence[str]) -> str:
-        """Take the result of the command under way; return what is odd about it, empty if nothing is."""
+        """Take the result of the command under way; return what is bad or odd about it, empty if nothing is."""
         sent, self._sent = self._sent, None
         self.version, self.policy_hash = version, policy_hash
         if sent is None:
             return "a result for no command"
         if not ok:
-            self._refused = sent
-            self.errors = tuple(errors) or UNSAID
-            self._settle(Outcome.REFUSED, self._sent_for, self.errors)
-            return ""
+            why = tuple(errors) or UNSAID
+            if sent == self._wanted:  # else another one has been decided, and it may be this one's turn again later
+                self._refused, self._errors = sent, why
+            self._settle(Outcome.REFUSED, self._sent_for, why)
+            return "; ".join(why)
         self._in_force = sent
         if policy_hash and policy_hash != sent.hash:
             if self._sent_single:
@@ -216,7 +229,8 @@ class Entry:
 
     def lose(self) -> None:
         """Note that the stream is lost: results of this stream will not come."""
-        self._sent = None
+        if self._sent is not None:
+            self._sent = self._in_force = None  # it may have been applied
         self.stop_retry()
         self._settle(Outcome.DISCONNECTED, self.asked)
 
@@ -248,13 +262,15 @@ class Entry:
 
     def status(self) -> AttachmentStatus:
         """Return a snapshot."""
+        state = self._state()
+        errors = {State.UNDECIDED: (self.fault,), State.REFUSED: self._errors}
         return AttachmentStatus(
             self.attachment,
-            self._state(),
+            state,
             self.version,
             self.policy_hash,
             self._wanted.version if self._wanted else None,
-            (self.fault,) if self.fault else self.errors,
+            errors.get(state, ()),
             self.counters,
         )
 
@@ -283,7 +299,7 @@ class Entry:
         if self.fresh:
             return wanted
         if wanted == self._refused:
-            self._settle(Outcome.REFUSED, self.decided, self.errors)
+            self._settle(Outcome.REFUSED, self.decided, self._errors)
             return None
         if not self.record.confirms:
             return None if self._sent_for == self.decided else wanted

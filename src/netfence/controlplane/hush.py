@@ -1,8 +1,14 @@
-"""A log that a misbehaving daemon cannot fill: each event a few times in a while, then how often it was left out."""
+"""A log that a misbehaving daemon cannot fill, and that stops nothing.
+
+Each event a few times in a while, then how often it was left out. A line that cannot be written is lost. Tracebacks are
+text before they reach structlog, whose default prints the locals of every frame: tokens and policies.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
+import traceback
 from typing import Any, Final
 
 import structlog
@@ -23,13 +29,23 @@ class Hush:
 
     def info(self, event: str, **fields: Any) -> None:  # noqa: ANN401 - structlog's own
         """Log at level info."""
-        if (left_out := self._due(event)) is not None:
-            self._log.info(event, **fields, **left_out)
+        self._write("info", event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:  # noqa: ANN401
         """Log at level warning."""
-        if (left_out := self._due(event)) is not None:
-            self._log.warning(event, **fields, **left_out)
+        self._write("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:  # noqa: ANN401
+        """Log at level error."""
+        self._write("error", event, fields)
+
+    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # the user's processors, and a stderr that may be gone
+            if (left_out := self._due(event)) is None:
+                return
+            if (error := fields.pop("exc_info", None)) is not None:
+                fields["exception"] = "".join(traceback.format_exception(error))
+            getattr(self._log, level)(event, **fields, **left_out)
 
     def _due(self, event: str) -> dict[str, int] | None:
         """Return the fields to add, or None when it is not to be logged now."""

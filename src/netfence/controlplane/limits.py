@@ -80,5 +80,8 @@ LARGE_BYTES: Final = 256 << 10
 MAX_LARGE_WRITES: Final = 32
 """Large messages on their way at once; the others wait for one of them to leave."""
 
+LARGE_HOLD_S: Final = 1.0
+"""How long one of them counts: daemons that do not read must not keep a new attach, which waits 5 s, from its ack."""
+
 MAX_ID_BYTES: Final = 256
 """Bytes of a daemon's or attachment's id in UTF-8: ours have 36."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import structlog
 import uvloop
@@ -15,16 +16,18 @@ import uvloop
 from netfence.controlplane.book import Book
 from netfence.controlplane.deciding import Deciders, PolicyFor
 from netfence.controlplane.entry import Entry
+from netfence.controlplane.hush import Hush
 from netfence.controlplane.limits import SWEEP_S, Limits
 from netfence.controlplane.push import Push
 from netfence.controlplane.server import Admit, AnswerDns, Server, Servicer, listen
 from netfence.controlplane.tls import ServerTls
 from netfence.controlplane.tokens import TokenCheck, Tokens
 from netfence.controlplane.views import Attachment, AttachmentStatus, DaemonStatus, Results
+from netfence.errors import NetfenceError
 
 Where: TypeAlias = str | Mapping[str, str] | Callable[[Attachment], bool] | None
 
-log = structlog.get_logger(__name__)
+hush = Hush(structlog.get_logger(__name__))
 
 
 class ControlPlane:
@@ -80,7 +83,8 @@ class ControlPlane:
 
         Without `tls`, an address that others than this host can reach is refused unless `insecure`. With `tokens`
         daemons must present one of them. Raises InvalidError or PreconditionError where it cannot be served; daemons
-        that are connected at the end are told to go, and come back to the next one.
+        that are connected at the end are told to go, and come back to the next one. Should what decides policies ever
+        end by itself, which is a defect, the body is cancelled and NetfenceError raised: restart the process.
         """
         if self._deciders is not None:
             raise RuntimeError("this control plane is serving already")
@@ -93,10 +97,14 @@ class ControlPlane:
             self._deciders = None
             raise
         work = asyncio.create_task(self._work(self._deciders), name="control plane")
-        work.add_done_callback(_report)
-        log.info("control_plane_ready", address=self._server.address, tls=tls is not None, tokens=tokens is not None)
+        body = asyncio.current_task()
+        work.add_done_callback(functools.partial(_give_up, body))
+        hush.info("control_plane_ready", address=self._server.address, tls=tls is not None, tokens=tokens is not None)
         try:
             yield self
+        except asyncio.CancelledError:
+            if not _failed(work) or body is None or body.uncancel():
+                raise
         finally:
             for record in self._book.records():
                 if record.link is not None:
@@ -105,6 +113,8 @@ class ControlPlane:
             work.cancel()
             await asyncio.wait({work})
             self._deciders = self._server = None
+        if _failed(work):
+            raise NetfenceError("the control plane has failed; see its log, and restart it") from work.exception()
 
     def run(
         self,
@@ -146,18 +156,21 @@ class ControlPlane:
         """A number that grows with whatever the snapshots show: as long as it stays, none need be taken."""
         return self._book.changes
 
-    async def update(self, where: Where = None, *, timeout_s: float = 30.0) -> Results:
+    async def update(self, where: Where = None, *, timeout_s: float = 30.0, retry_refused: bool = False) -> Results:
         """Ask `policy_for` again, send what differs, and return each daemon's result.
 
         `where` tells which attachments: an id, a mapping that their metadata must contain, a predicate, or None for
         all. Returns when every one is settled or `timeout_s` is over; what is not settled then goes on by itself and
-        is PENDING in the results. Never raises for what a daemon did.
+        is PENDING in the results. With `retry_refused` what a daemon has refused is sent to it once more, as after a
+        repair on its host. Never raises for what a daemon did.
         """
         if self._deciders is None:
             raise RuntimeError("update: this control plane is not serving")
         entries = self._select(where)
         push = Push(entries)
         for entry in entries:
+            if retry_refused:
+                entry.forget_refusal()
             self._ask(entry)
             entry.join(push)
             if entry.record.link is None:
@@ -203,6 +216,13 @@ def raise_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _report(work: asyncio.Task[None]) -> None:
-    if not work.cancelled() and (failure := work.exception()) is not None:
-        log.critical("control_plane_failed", effect="policies are decided no more; restart it", exc_info=failure)
+def _give_up(body: asyncio.Task[Any] | None, work: asyncio.Task[None]) -> None:
+    """End the body of `serving` with its work: a process that lives on and decides nothing would not be restarted."""
+    if _failed(work):
+        hush.error("control_plane_failed", effect="policies are decided no more", exc_info=work.exception())
+        if body is not None:
+            body.cancel()
+
+
+def _failed(work: asyncio.Task[None]) -> bool:
+    return work.done() and not work.cancelled() and work.exception() is not None

@@ -115,10 +115,15 @@ class Policy:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Policy):
             return NotImplemented
-        return self is other or (self.digest == other.digest and self.version == other.version)
+        return self is other or self.key == other.key
 
     def __hash__(self) -> int:
-        return hash((self.digest, self.version))
+        return hash(self.key)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells this policy from others, and keeps none of it."""
+        return self.digest, self.version
 
     @property
     def bulk_body(self) -> bytes:

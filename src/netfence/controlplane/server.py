@@ -7,6 +7,7 @@ because what does not decode should be this module's error and not gRPC's.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import ipaddress
 import os
 import socket
@@ -47,11 +48,10 @@ MAX_STATUS_TEXT: Final = 1000
 """Characters of a status: it travels in a header, and gRPC's bound for all of them is 8 KiB."""
 
 AnswerDns = Callable[[Attachment, str, str], Awaitable[NameAnswer]]
-Admit = Callable[[Daemon, Peer], bool]
+Admit = Callable[[Daemon, Peer], bool | Awaitable[bool]]
 Context = Any  # grpc.aio.ServicerContext, which has no types
 
-log = structlog.get_logger(__name__)
-hush = Hush(log)
+hush = Hush(structlog.get_logger(__name__))
 
 
 class Servicer:
@@ -81,21 +81,26 @@ class Servicer:
         ended = None
         try:
             daemon, sync = await session.first_event(peer.address)
-            self._check_admission(daemon, peer)
+            await self._check_admission(daemon, peer)
             ended = await session.run(daemon, sync)
         except NetfenceError as error:
             hush.warning("daemon_turned_away", address=peer.address, error=str(error))
             await _abort(context, error.code, str(error))
         except (asyncio.CancelledError, grpc.aio.BaseError):
             raise
-        except Exception:
-            log.exception("stream_failed", address=peer.address)
+        except Exception as error:  # noqa: BLE001 - a defect, or the user's `admit`
+            hush.error("stream_failed", address=peer.address, exc_info=error)
             await _abort(context, "INTERNAL", "defect in the control plane; see its log")
         if ended is not None:
             await _abort(context, ended.code, ended.why)
 
-    def _check_admission(self, daemon: Daemon, peer: Peer) -> None:
-        if self._admit is not None and not self._admit(daemon, peer):
+    async def _check_admission(self, daemon: Daemon, peer: Peer) -> None:
+        if self._admit is None:
+            return
+        admitted: object = self._admit(daemon, peer)
+        if inspect.isawaitable(admitted):
+            admitted = await admitted
+        if admitted is not True:  # not just anything that counts as true, such as a coroutine
             raise PermissionDeniedError(f"daemon {daemon.id[:80]!r} is not admitted with these credentials")
 
     async def _query_dns(self, raw: bytes, context: Context) -> bytes:

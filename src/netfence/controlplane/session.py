@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from netfence.controlplane.book import Book
 from netfence.controlplane.entry import Entry, Record
 from netfence.controlplane.hush import Hush
-from netfence.controlplane.limits import BURST_S, FIRST_EVENT_S, LARGE_BYTES, Limits
+from netfence.controlplane.limits import BURST_S, FIRST_EVENT_S, LARGE_BYTES, LARGE_HOLD_S, Limits
 from netfence.controlplane.views import Daemon, daemon_of
 from netfence.errors import DeadlineError, InvalidError, NetfenceError
 from netfence.v1 import control_pb2
@@ -46,7 +46,6 @@ class Session:
         self._book = book
         self._limits = limits
         self._large = large
-        self._record: Record | None = None
         # Whose turn it is to be sent something; first policies before others, because somebody waits for the attach.
         self._first: dict[Entry, None] = {}
         self._ready: dict[Entry, None] = {}
@@ -107,18 +106,19 @@ class Session:
 
         Raises InvalidError and ExhaustedError for what the daemon did wrong.
         """
-        record = self._record = self._book.arrive(self, daemon, sync)
-        tasks = [
-            asyncio.create_task(self._read(record), name=f"read {daemon.id}"),
-            asyncio.create_task(self._write(), name=f"write {daemon.id}"),
-        ]
-        either: list[asyncio.Future[Any]] = [*tasks, self._ending]
+        tasks: list[asyncio.Task[None]] = []
         try:
+            record = self._book.arrive(self, daemon, sync)
+            tasks = [
+                asyncio.create_task(self._read(record), name=f"read {daemon.id}"),
+                asyncio.create_task(self._write(), name=f"write {daemon.id}"),
+            ]
+            either: list[asyncio.Future[Any]] = [*tasks, self._ending]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._book.leave(record, self)
             for task in tasks:
                 task.cancel()
+            self._book.leave(daemon.id, self)
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, NetfenceError):
@@ -167,13 +167,13 @@ class Session:
         if entry.gone:
             return
         odd = entry.answered(ok=result.ok, version=result.version, policy_hash=result.policy_hash, errors=result.errors)
-        if odd or not result.ok:
+        if odd:
             hush.warning(
                 "policy_refused" if not result.ok else "policy_differs",
                 daemon=record.daemon.id,
                 attachment=entry.attachment.id,
                 target=entry.attachment.target,
-                error=odd or "; ".join(entry.errors)[:1000],
+                error=odd[:1000],
             )
         self.offer(entry)
 
@@ -202,8 +202,18 @@ class Session:
         if len(command) < LARGE_BYTES:
             await self._put(command, nonce, entry)
         else:
-            async with self._large:
-                await self._put(command, nonce, entry)
+            await self._put_large(command, nonce, entry)
+
+    async def _put_large(self, command: bytes, nonce: str, entry: Entry) -> None:
+        """Send among the few that may; one whose daemon does not read goes on without holding a place."""
+        async with self._large:
+            writing = asyncio.create_task(self._put(command, nonce, entry), name="write a large command")
+            try:
+                await asyncio.wait({writing}, timeout=LARGE_HOLD_S)
+            except asyncio.CancelledError:
+                writing.cancel()
+                raise
+        await writing
 
     async def _put(self, command: bytes, nonce: str, entry: Entry) -> None:
         now = time.monotonic()

@@ -18,7 +18,8 @@ import grpc.aio
 
 from netfence.control.convert import command_of
 from netfence.errors import InvalidError
-from netfence.policy.commands import apply
+from netfence.policy.commands import SetMode, apply
+from netfence.policy.modes import Mode
 from netfence.policy.policy import EMPTY, Policy
 from netfence.v1 import control_pb2, control_pb2_grpc, types_pb2
 
@@ -68,6 +69,7 @@ class FakeDaemon:
         self.refuses: set[str] = set()
         self.answers = True
         self.hashes = not old
+        self.overlay = False  # whether it has blocked all for the time without us, and says so in its SyncRequest
         self.hash_prefix = ""  # makes its hashes different from everybody's
         self.reads = asyncio.Event()
         self.reads.set()
@@ -135,6 +137,8 @@ class FakeDaemon:
 
     def _attachment(self, attachment_id: str) -> control_pb2.Attachment:
         policy = self.applied[attachment_id]
+        if self.overlay:
+            policy = apply(policy, SetMode(Mode.BLOCK_ALL), 0.0)
         return control_pb2.Attachment(
             id=attachment_id,
             target=f"veth-{attachment_id}",
@@ -142,6 +146,7 @@ class FakeDaemon:
             metadata=self.metadata[attachment_id],
             policy_version="" if self.old else self.versions.get(attachment_id, ""),
             policy_hash=self._hash(policy),
+            mode=int(policy.mode),  # type: ignore[arg-type]
         )
 
     def _hash(self, policy: Policy | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pty
@@ -24,6 +25,7 @@ import trustme
 from tests.unit.controlplane.fake_daemon import FakeDaemon, until
 from tests.unit.controlplane.harness import run
 
+from netfence.control.policyfile import load_policy_file
 from netfence.policy.modes import Mode
 
 NETFENCED = Path(sys.executable).with_name("netfenced")
@@ -53,6 +55,17 @@ def read(path: Path) -> str:
 
 def write(path: Path, text: str) -> None:
     path.write_text(text)
+
+
+def _has_updated(process: Process, times: int) -> bool:
+    return len(process.events("policies_updated")) == times
+
+
+def version_of_default(path: Path, text: str) -> str:
+    write(path, text)
+    default = load_policy_file(path).default
+    assert default is not None
+    return default.version
 
 
 class Process:
@@ -161,6 +174,25 @@ def test_hangup_reads_the_file_again(policy: Path) -> None:
         async with command(policy) as process:
             process.process.send_signal(signal.SIGHUP)
             await process.until(lambda: process.events("policies_updated"))
+
+    run(test())
+
+
+def test_hangup_sends_again_what_was_refused(policy: Path) -> None:
+    async def test() -> None:
+        async with command(policy) as process, FakeDaemon(process.address, {"a": {}}) as daemon:
+            await daemon.until(lambda: daemon.commands)
+            changed = POLICY.replace("default: {mode: block_all}", "default: {mode: denylist}")
+            daemon.refuses.add(version_of_default(policy.with_name("other.yaml"), changed))
+            write(policy, changed)
+            for number in range(1, 4):
+                await process.until(functools.partial(_has_updated, process, number))
+                assert process.events("policies_updated")[-1]["results"] == "1 refused"
+                assert len(daemon.commands) == 1 + number
+                process.process.send_signal(signal.SIGHUP)
+            daemon.refuses.clear()
+            process.process.send_signal(signal.SIGHUP)
+            await daemon.until(lambda: daemon.applied["a"].mode is Mode.DENYLIST)
 
     run(test())
 

@@ -343,3 +343,59 @@ def test_nonces_are_not_reused_on_a_stream_and_die_with_it() -> None:
             assert all_are(plane, State.PENDING, 2)
 
     run(test())
+
+
+@pytest.mark.parametrize("wanted", [WEB, SHUT], ids=["allowlist", "block-all"])
+def test_report_of_block_all_is_not_trusted(wanted: Policy) -> None:
+    """It may be what the daemon laid over its policy while we were away, and lifts at SyncAck."""
+
+    async def test() -> None:
+        below = Policy("denylist", version=wanted.version)  # a version that was used for two contents
+        async with serving(Policies(wanted)) as plane:
+            daemon = FakeDaemon(plane.address, {"a": {}})
+            settled(daemon, below)
+            daemon.overlay = True
+            async with daemon:
+                await until(lambda: all_are(plane, State.IN_SYNC, 1))
+                assert daemon.applied["a"] == wanted.rules
+
+    run(test())
+
+
+def test_what_may_have_been_applied_before_a_loss_is_settled_by_the_whole_policy() -> None:
+    """Versions that name two contents, of which the hash does not tell either."""
+
+    async def test() -> None:
+        policies = Policies(LABELLED)
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}) as daemon:
+            await until(lambda: all_are(plane, State.IN_SYNC, 1))
+            daemon.answers = False
+            policies.default = HOUR
+            await plane.update(timeout_s=0.01)
+            await daemon.until(lambda: len(daemon.commands) == 2)
+            daemon.answers = True
+            policies.default = Policy("allowlist", allow=["10.0.0.0/8", "198.51.100.0/24"])
+            await daemon.connect()
+            await until(lambda: daemon.synced and all_are(plane, State.IN_SYNC, 1))
+            assert daemon.applied["a"] == policies.default.rules
+
+    run(test())
+
+
+@pytest.mark.parametrize("change", ["daemon_version", "old"])
+def test_refused_policy_is_sent_again_to_another_program(change: str) -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}) as daemon:
+            daemon.refuses.add(OPEN.version)
+            policies.default = OPEN
+            await plane.update()
+            await until(lambda: all_are(plane, State.REFUSED, 1))
+            daemon.refuses.clear()
+            await daemon.connect()
+            await until(lambda: daemon.synced and all_are(plane, State.REFUSED, 1))
+            setattr(daemon, change, True if change == "old" else "1.2.4")
+            await daemon.connect()
+            await daemon.until(lambda: daemon.applied["a"] == OPEN.rules)
+
+    run(test())

@@ -9,16 +9,19 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import trustme
-from tests.unit.controlplane.fake_daemon import FakeDaemon, until
+from tests.unit.controlplane.fake_daemon import FakeDaemon, daemons, until
 from tests.unit.controlplane.harness import Policies, all_are, run, serving
 
 from netfence.controlplane import ControlPlane, Daemon, Limits, Peer, ServerTls, State, token_file
 from netfence.controlplane import server as server_module
+from netfence.controlplane.book import Book
 from netfence.controlplane.server import _options, split_address
 from netfence.controlplane.tokens import TokenCheck
 from netfence.errors import InvalidError, NetfenceError, PreconditionError
@@ -493,3 +496,68 @@ def test_admission_by_certificate(authority: Authority, tmp_path: Path) -> None:
 def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
+
+
+async def yes(_daemon: Daemon, _peer: Peer) -> bool:
+    return True
+
+
+async def no(_daemon: Daemon, _peer: Peer) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("admit", "expected"),
+    [(yes, "OK"), (no, "PERMISSION_DENIED"), (lambda *_: "true enough", "PERMISSION_DENIED")],
+    ids=["async-yes", "async-no", "not-a-bool"],
+)
+def test_admission_is_by_true_alone(admit: Any, expected: str) -> None:
+    async def test() -> None:
+        async with serving(Policies(), admit=admit) as plane:
+            assert await outcome(FakeDaemon(plane.address)) == expected
+
+    run(test())
+
+
+def _broken_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep(_: Book) -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setattr(Book, "sweep", sweep)
+    monkeypatch.setattr("netfence.controlplane.plane.SWEEP_S", 0.01)
+
+
+def test_end_of_the_work_ends_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that lives on and decides nothing would never be restarted."""
+    _broken_sweep(monkeypatch)
+
+    async def test() -> None:
+        with pytest.raises(NetfenceError, match="restart"):
+            async with serving(Policies()):
+                await asyncio.sleep(30)
+        assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+    run(test())
+
+
+def test_end_of_the_work_ends_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    _broken_sweep(monkeypatch)
+    late = threading.Timer(10, os.kill, (os.getpid(), signal.SIGTERM))  # which ends it well
+    late.start()
+    with pytest.raises(NetfenceError, match="restart"):
+        ControlPlane(Policies()).run("127.0.0.1:0")
+    late.cancel()
+
+
+def test_what_waited_for_its_turn_at_the_end_is_asked_about_when_served_again() -> None:
+    async def test() -> None:
+        policies = Policies()
+        policies.gate.clear()
+        plane = ControlPlane(policies, limits=Limits(decisions=1, decisions_per_daemon=1))
+        async with plane.serving("127.0.0.1:0"), daemons(3, plane.address):
+            await until(lambda: policies.waiting and len(plane.attachments) == 3)
+        policies.gate.set()
+        async with plane.serving("127.0.0.1:0"), daemons(3, plane.address):
+            await until(lambda: all_are(plane, State.IN_SYNC, 3))
+
+    run(test())

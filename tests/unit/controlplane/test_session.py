@@ -6,9 +6,12 @@ import asyncio
 from typing import Any
 
 import grpc.aio
+import pytest
+from tests.unit.controlplane.fake_daemon import until
 from tests.unit.controlplane.harness import OPEN, SHUT, run
 
 from netfence.controlplane import Limits, State
+from netfence.controlplane import session as session_module
 from netfence.controlplane.book import Book
 from netfence.controlplane.entry import Entry
 from netfence.controlplane.session import Session
@@ -86,5 +89,56 @@ def test_taken_over_stream_neither_sends_nor_counts() -> None:
         assert await new is None
         assert [entry.policy_hash for entry in book.entries()] == [SHUT.hash] * 2
         assert {entry.status().state for entry in book.entries()} == {State.DISCONNECTED}
+
+    run(test())
+
+
+def test_arrival_that_fails_leaves_no_link() -> None:
+    """Or its daemon would be shown as connected for ever, by a stream that is dead."""
+
+    def defect(_: Entry) -> None:
+        raise KeyError("defect")
+
+    async def test() -> None:
+        book = Book(defect, Limits())
+        with pytest.raises(KeyError):
+            await Session(Context(), book, Limits(), asyncio.Semaphore(1)).run(daemon_of(SYNC, "test"), SYNC)
+        assert [record.link for record in book.records()] == [None]
+
+    run(test())
+
+
+def test_daemons_that_do_not_read_hold_no_place_of_large_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(session_module, "LARGE_HOLD_S", 0.02)
+
+    async def test() -> None:
+        asked: list[Entry] = []
+        book = Book(asked.append, Limits())
+        large = asyncio.Semaphore(1)
+        contexts = [Context(), Context()]
+        streams = []
+        for number, context in enumerate(contexts):
+            sync = control_pb2.SyncRequest(
+                daemon_id=str(number), capabilities=["nonce"], attachments=[control_pb2.Attachment(id="a")]
+            )
+            session = Session(context, book, Limits(), large)
+            streams.append(asyncio.ensure_future(session.run(daemon_of(sync, "test"), sync)))
+            await turns()
+        contexts[0].may_write.clear()
+        decide(book, OPEN)
+        await until(lambda: len(contexts[1].written) == 2)
+        assert len(contexts[0].written) == 1
+        contexts[0].may_write.set()
+        await until(lambda: len(contexts[0].written) == 2)
+        contexts[0].may_write.clear()
+        decide(book, SHUT)
+        await turns()
+        for stream in streams:  # also in the middle of a write
+            stream.cancel()
+        await asyncio.wait(streams)
+        assert not large.locked()
+        await turns()
+        assert not [task for task in asyncio.all_tasks() if "write" in task.get_name()]
 
     run(test())

@@ -474,3 +474,48 @@ def test_results_tell_themselves() -> None:
     assert str(Results()) == "nothing to update"
     assert Results().ok
     assert len(results.failed) == 1
+
+
+@pytest.mark.parametrize("between", ["applied", "in-force"])
+def test_refusal_of_what_is_no_longer_wanted_is_not_final(between: str) -> None:
+    async def test() -> None:
+        policies = Policies(SHUT)
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}) as daemon:
+            await until(lambda: all_are(plane, State.IN_SYNC, 1))
+            daemon.answers = False
+            policies.default = WEB
+            first = asyncio.ensure_future(plane.update())
+            await daemon.until(lambda: len(daemon.commands) == 2)
+            policies.default = OPEN if between == "applied" else SHUT
+            second = asyncio.ensure_future(plane.update())
+            await until(lambda: plane.attachments[0].wanted_version == policies.default.version)  # type: ignore[union-attr]
+            daemon.applied["a"], daemon.versions["a"] = SHUT.rules, SHUT.version
+            daemon.answers = True
+            await daemon.answer(daemon.commands[1], ("not now",))
+            assert outcomes(await first) == {"a": Outcome.REFUSED}
+            assert (await second).ok
+            assert all_are(plane, State.IN_SYNC, 1)
+            assert plane.attachments[0].errors == ()
+            policies.default = WEB
+            assert outcomes(await plane.update()) == {"a": Outcome.APPLIED}
+            assert daemon.applied["a"] == WEB.rules
+
+    run(test())
+
+
+def test_refused_policy_is_sent_again_where_that_is_wanted() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}) as daemon:
+            await until(lambda: all_are(plane, State.IN_SYNC, 1))
+            daemon.refuses.add(OPEN.version)
+            policies.default = OPEN
+            await plane.update()
+            assert outcomes(await plane.update(retry_refused=True)) == {"a": Outcome.REFUSED}
+            assert len(daemon.commands) == 3
+            assert plane.attachments[0].errors
+            daemon.refuses.clear()
+            assert not (await plane.update()).ok
+            assert outcomes(await plane.update(retry_refused=True)) == {"a": Outcome.APPLIED}
+
+    run(test())
