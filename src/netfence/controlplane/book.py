@@ -136,8 +136,12 @@ class Book:
             yield from record.entries.values()
 
     def with_id(self, attachment_id: str) -> list[Entry]:
-        """Return the attachments with that id: one, but for daemons that make up theirs differently than ours."""
-        return list(self._by_id.get(attachment_id, ()))
+        """Return the attachments with that id: one, but for daemons that make up theirs differently than ours.
+
+        Those of daemons that are away only count where no other has it: its daemon may be back under another name.
+        """
+        every = self._by_id.get(attachment_id, ())
+        return [entry for entry in every if entry.record.link is not None] or list(every)
 
     async def arrival(self, attachment_id: str, timeout_s: float) -> None:
         """Return when an attachment with that id is there, or the time is over."""
@@ -165,8 +169,12 @@ class Book:
             if record.link is not None:
                 record.link.check(now)
         since = time.time() - self._limits.forget_after_s
-        for record in [one for one in self._records.values() if one.link is None and one.since < since]:
-            self._forget(record)
+        kept = 0
+        away = [record for record in self._records.values() if record.link is None]
+        for record in sorted(away, key=lambda record: record.since, reverse=True):
+            kept += len(record.entries)
+            if record.since < since or kept > self._limits.max_away_attachments:
+                self._forget(record)
 
     # -- leaves --------------------------------------------------------------------------------------------------------
 

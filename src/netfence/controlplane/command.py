@@ -229,7 +229,7 @@ class Showing:
                     self._screen.show(snapshot)
             finally:
                 self._screen.end()
-        except OSError as error:  # nobody reads any more
+        except Exception as error:  # noqa: BLE001 - nobody reads any more, or not what we write
             log.warning("status_not_shown", error=str(error), effect="policies are served all the same")
 
 
@@ -241,7 +241,7 @@ class JsonLines:
 
     def show(self, snapshot: status.Snapshot) -> None:
         """Write a line, all of it, past Python's buffer."""
-        data = status.line(snapshot).encode()
+        data = status.line(snapshot).encode(errors="replace")
         while data:
             data = data[os.write(sys.stdout.fileno(), data) :]
 
@@ -268,6 +268,8 @@ class Page:
     def __init__(self, tail: LogTail) -> None:
         from rich.live import Live  # noqa: PLC0415 - rich takes 60 ms to import
 
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # its encoding may lack our lines and the daemons' names
         self._tail = tail
         self._live = Live(screen=True, auto_refresh=False)
 

@@ -29,10 +29,14 @@ class Limits:
     """Daemons remembered, the connected ones included; one more is turned away."""
     forget_after_s: float = 3600.0
     """How long a daemon that is away is shown and its refused policies remembered."""
+    max_away_attachments: int = 100_000
+    """Attachments remembered of all daemons that are away, some 2 kB each and their metadata; the daemon that is away
+    longest is forgotten first."""
     max_message_bytes: int = 16 << 20
     """One message of a daemon: a SyncRequest of 4096 attachments with a kilobyte of metadata each is 5 MB."""
     events_per_s: float = 1000.0
-    """Events of one daemon that are read in the long run; one that sends more is read later, not disconnected."""
+    """Events of one daemon that are read in the long run, a large one counting for several; one that sends more is read
+    later, not disconnected."""
     max_calls_per_connection: int = 2048
     """Calls at once on one connection: its stream and its DNS queries, of which a daemon of ours has at most 1024. At
     the very bound gRPC refuses some instead of letting them wait."""
@@ -51,6 +55,12 @@ class Limits:
 
 BURST_S: Final = 10.0
 """Seconds of `events_per_s` that may come at once: a daemon of 2000 attachments gives 2000 results to an update."""
+
+EVENT_BYTES: Final = 4096
+"""An event counts once more for each of these: a result has some 200, a heartbeat of 30 attachments 4 kB."""
+
+OLDEST_RESULT: Final = 3
+"""Times `result_timeout_s` that a single result may take while others come: long for a queue, short for one lost."""
 
 FIRST_EVENT_S: Final = 10.0
 """How long a stream may stay without its SyncRequest."""
@@ -83,5 +93,5 @@ MAX_LARGE_WRITES: Final = 32
 LARGE_HOLD_S: Final = 1.0
 """How long one of them counts: daemons that do not read must not keep a new attach, which waits 5 s, from its ack."""
 
-MAX_ID_BYTES: Final = 256
-"""Bytes of a daemon's or attachment's id in UTF-8: ours have 36."""
+MAX_ID_BYTES: Final = 128
+"""Bytes of a daemon's or attachment's id in UTF-8: ours have 36, and to a longer one a daemon gives no result."""

@@ -19,7 +19,7 @@ from netfence.controlplane.entry import Entry
 from netfence.controlplane.hush import Hush
 from netfence.controlplane.limits import SWEEP_S, Limits
 from netfence.controlplane.push import Push
-from netfence.controlplane.server import Admit, AnswerDns, Server, Servicer, listen
+from netfence.controlplane.server import Admit, AnswerDns, Server, Servicer, is_local, listen
 from netfence.controlplane.tls import ServerTls
 from netfence.controlplane.tokens import TokenCheck, Tokens
 from netfence.controlplane.views import Attachment, AttachmentStatus, DaemonStatus, Results
@@ -99,6 +99,11 @@ class ControlPlane:
         work = asyncio.create_task(self._work(self._deciders), name="control plane")
         body = asyncio.current_task()
         work.add_done_callback(functools.partial(_give_up, body))
+        proof = (tls is not None and tls.client_ca is not None) or tokens is not None or self._admit is not None
+        if not proof and not is_local(address):
+            effect = "whoever reaches it can connect as any daemon, and is told its policies"
+            remedy = "give client_ca (--tls-client-ca), tokens (--token-file) or admit"
+            hush.warning("anybody_may_connect", address=self._server.address, effect=effect, remedy=remedy)
         hush.info("control_plane_ready", address=self._server.address, tls=tls is not None, tokens=tokens is not None)
         try:
             yield self

@@ -148,8 +148,8 @@ def framed(body: bytes, attachment_id: str, nonce: str = "") -> bytes:
 
 
 def duration(ttl_s: float) -> duration_pb2.Duration:
-    """Return seconds as a Duration."""
-    nanos = round(ttl_s * _NANO)
+    """Return seconds, more than 0, as a Duration; never as none, which would mean for ever."""
+    nanos = max(1, round(ttl_s * _NANO))
     return duration_pb2.Duration(seconds=nanos // _NANO, nanos=nanos % _NANO)
 
 

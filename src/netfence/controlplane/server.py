@@ -114,8 +114,13 @@ class Servicer:
             await _abort(context, "INVALID_ARGUMENT", "the request is no DnsQueryRequest")
         entry = await self._asker(request.id, peer, context)
         try:
-            answer = await self._answer_dns(entry.attachment, request.domain.removesuffix("."), request.query_type)
+            await self._check_admission(entry.attachment.daemon, peer)
+            name = request.domain.removesuffix(".").lower()
+            answer = await self._answer_dns(entry.attachment, name, request.query_type)
             raw_answer = answer.message().SerializeToString()
+        except PermissionDeniedError as error:
+            hush.warning("query_turned_away", address=peer.address, error=str(error))
+            await _abort(context, error.code, str(error))
         except Exception as error:  # noqa: BLE001 - the user's code
             name = request.domain[:MAX_NAME]
             hush.warning("answer_dns_failed", attachment=request.id, name=name, error=str(error), exc_info=error)
@@ -224,6 +229,11 @@ def split_address(address: str) -> tuple[str, int]:
     if not right or (":" in bare) != host.startswith("["):
         raise InvalidError(f"listen on {address!r}: not an address; write host:port, [IPv6 address]:port or unix:/path")
     return bare, int(port)
+
+
+def is_local(address: str) -> bool:
+    """Tell whether only this host can reach a good address."""
+    return address.startswith("unix:") or _is_loopback(split_address(address)[0])
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,7 +19,15 @@ from google.protobuf.message import DecodeError
 from netfence.controlplane.book import Book
 from netfence.controlplane.entry import Entry, Record
 from netfence.controlplane.hush import Hush
-from netfence.controlplane.limits import BURST_S, FIRST_EVENT_S, LARGE_BYTES, LARGE_HOLD_S, Limits
+from netfence.controlplane.limits import (
+    BURST_S,
+    EVENT_BYTES,
+    FIRST_EVENT_S,
+    LARGE_BYTES,
+    LARGE_HOLD_S,
+    OLDEST_RESULT,
+    Limits,
+)
 from netfence.controlplane.views import Daemon, daemon_of
 from netfence.errors import DeadlineError, InvalidError, NetfenceError
 from netfence.v1 import control_pb2
@@ -51,7 +59,7 @@ class Session:
         self._ready: dict[Entry, None] = {}
         self._wake = asyncio.Event()
         self._nonces = 0
-        self._in_flight: dict[str, Entry] = {}
+        self._in_flight: dict[str, tuple[Entry, float]] = {}  # by nonce, the oldest first, with the time of sending
         self._progress = time.monotonic()  # of the last result, or of the first command that awaits one
         self._writing_since: float | None = None
         self._ending: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
@@ -78,6 +86,8 @@ class Session:
             self.end("DEADLINE_EXCEEDED", f"nothing was read for {most:g} s; connect again")
         elif self._in_flight and now - self._progress > most:
             self.end("DEADLINE_EXCEEDED", f"no result for {len(self._in_flight)} commands in {most:g} s; connect again")
+        elif self._in_flight and now - next(iter(self._in_flight.values()))[1] > OLDEST_RESULT * most:
+            self.end("DEADLINE_EXCEEDED", f"no result for a command in {OLDEST_RESULT * most:g} s; connect again")
 
     @property
     def awaited(self) -> int:
@@ -131,7 +141,7 @@ class Session:
         """Take events until the daemon ends the stream."""
         read = self._context.read
         while (raw := await read()) is not grpc.aio.EOF:
-            await self._within_budget(record)
+            await self._within_budget(record, len(raw))
             if record.link is not self:  # a newer stream has taken over, and what this one says is of the past
                 return
             record.last_seen = time.time()
@@ -147,7 +157,7 @@ class Session:
                 self._book.subscribe(record, event.subscribed)
             case "unsubscribed":
                 self._book.unsubscribe(record, event.unsubscribed)
-                self._in_flight = {nonce: entry for nonce, entry in self._in_flight.items() if not entry.gone}
+                self._in_flight = {nonce: sent for nonce, sent in self._in_flight.items() if not sent[0].gone}
                 self._wake.set()
             case "sync":
                 raise InvalidError("a second SyncRequest; it opens a stream and is never sent again on it")
@@ -155,12 +165,11 @@ class Session:
                 hush.info("event_ignored", daemon=record.daemon.id)
 
     def _result(self, record: Record, result: control_pb2.CommandResult) -> None:
-        entry = self._in_flight.pop(result.nonce, None)
+        entry, _ = self._in_flight.get(result.nonce, (None, 0))
         if entry is None or entry.attachment.id != result.id:
             hush.info("result_ignored", daemon=record.daemon.id, attachment=result.id[:80], nonce=result.nonce[:80])
-            if entry is not None:
-                self._in_flight[result.nonce] = entry
             return
+        del self._in_flight[result.nonce]
         self._progress = time.monotonic()
         self._book.changes += 1
         self._wake.set()  # there is room in the window
@@ -183,11 +192,17 @@ class Session:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while len(self._in_flight) < self._limits.in_flight_per_daemon and (self._first or self._ready):
-                line = self._first or self._ready
+            while line := self._line():
                 entry = next(iter(line))
                 del line[entry]
                 await self._send(entry)
+
+    def _line(self) -> dict[Entry, None]:
+        """Return who may be sent something now. The window is not for first policies: each has somebody who waits."""
+        window = self._limits.in_flight_per_daemon
+        if self._first and len(self._in_flight) < window + self._limits.max_attachments:
+            return self._first
+        return self._ready if len(self._in_flight) < window else {}
 
     async def _send(self, entry: Entry) -> None:
         if entry.record.link is not self:  # a newer stream has taken over: its results come there
@@ -220,16 +235,16 @@ class Session:
         if nonce:
             if not self._in_flight:
                 self._progress = now
-            self._in_flight[nonce] = entry
+            self._in_flight[nonce] = entry, now
         self._writing_since = now
         await self._context.write(command)
         self._writing_since = None
 
-    async def _within_budget(self, record: Record) -> None:
+    async def _within_budget(self, record: Record, size: int) -> None:
         """Wait where a daemon has sent more than its share; meanwhile gRPC's flow control holds it back."""
         now = time.monotonic()
         rate = self._limits.events_per_s
-        self._budget = min(rate * BURST_S, self._budget + (now - self._budget_at) * rate) - 1
+        self._budget = min(rate * BURST_S, self._budget + (now - self._budget_at) * rate) - 1 - size // EVENT_BYTES
         self._budget_at = now
         if self._budget < 0:
             hush.warning("daemon_floods", daemon=record.daemon.id, effect=f"read at {rate:g} events a second")

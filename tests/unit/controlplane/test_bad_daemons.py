@@ -46,7 +46,7 @@ FIRST = {
     "subscribed": (Event(subscribed=control_pb2.Subscribed(id="x")), "INVALID_ARGUMENT", "SyncRequest first"),
     "nothing": (Event(), "INVALID_ARGUMENT", "SyncRequest first"),
     "no-daemon-id": (sync(), "INVALID_ARGUMENT", "daemon_id"),
-    "long-daemon-id": (sync(daemon_id="x" * 300), "INVALID_ARGUMENT", "daemon_id"),
+    "long-daemon-id": (sync(daemon_id="x" * 129), "INVALID_ARGUMENT", "daemon_id"),
     "empty-attachment-id": (
         sync(daemon_id="bad", attachments=[control_pb2.Attachment()]),
         "INVALID_ARGUMENT",
@@ -260,18 +260,22 @@ def test_newest_connection_of_a_daemon_wins() -> None:
     run(test())
 
 
-def test_flood_is_read_slowly_and_the_others_do_not_feel_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("events", "filler"), [(150, 0), (50, 8192)], ids=["many", "large"])
+def test_flood_is_read_slowly_and_the_others_do_not_feel_it(
+    monkeypatch: pytest.MonkeyPatch, events: int, filler: int
+) -> None:
     monkeypatch.setattr(session_module, "BURST_S", 1.0)
 
     async def test() -> None:
         async with unimpressed(Limits(events_per_s=100)) as plane, await bad_daemon(plane) as daemon:
             loop = asyncio.get_running_loop()
             begun = loop.time()
-            for number in range(150):  # a burst of 100 and half a second of more
-                await daemon.heartbeat(bad=number)
+            for number in range(events):  # a burst of 100 and half a second of more
+                await daemon.heartbeat(**{"bad": number, "x" * filler: 0})
             await until(
                 lambda: (
-                    plane.attachments[1].counters is not None and plane.attachments[1].counters.packets_allowed == 149
+                    plane.attachments[1].counters is not None
+                    and plane.attachments[1].counters.packets_allowed == events - 1
                 )
             )
             assert loop.time() - begun > 0.4

@@ -21,11 +21,14 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 import trustme
 from tests.unit.controlplane.fake_daemon import FakeDaemon, until
 from tests.unit.controlplane.harness import run
 
 from netfence.control.policyfile import load_policy_file
+from netfence.controlplane.command import Showing
+from netfence.controlplane.status import Snapshot
 from netfence.policy.modes import Mode
 
 NETFENCED = Path(sys.executable).with_name("netfenced")
@@ -190,6 +193,10 @@ def test_hangup_sends_again_what_was_refused(policy: Path) -> None:
                 assert process.events("policies_updated")[-1]["results"] == "1 refused"
                 assert len(daemon.commands) == 1 + number
                 process.process.send_signal(signal.SIGHUP)
+            await process.until(functools.partial(_has_updated, process, 4))
+            write(policy, changed + "# a change that is none: no reason to try again\n")
+            await process.until(functools.partial(_has_updated, process, 5))
+            assert len(daemon.commands) == 5
             daemon.refuses.clear()
             process.process.send_signal(signal.SIGHUP)
             await daemon.until(lambda: daemon.applied["a"].mode is Mode.DENYLIST)
@@ -315,7 +322,8 @@ def test_reader_that_does_not_read_does_not_stop_the_service(policy: Path) -> No
     run(test())
 
 
-def test_page_on_a_terminal(policy: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_page_on_a_terminal(policy: Path, encoding: str) -> None:
     async def test() -> None:
         ours, theirs = pty.openpty()
         environment = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES"}}
@@ -323,7 +331,7 @@ def test_page_on_a_terminal(policy: Path) -> None:
         path = policy.parent / "s"
         process = await asyncio.create_subprocess_exec(
             NETFENCED, "controlplane", "--policy", str(policy), "--listen", f"unix:{path}",
-            stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm-256color"},
+            stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm-256color", "PYTHONIOENCODING": encoding},
         )  # fmt: skip
         os.close(theirs)
         seen = bytearray()
@@ -339,6 +347,7 @@ def test_page_on_a_terminal(policy: Path) -> None:
         try:
             await until(path.exists)
             daemon = FakeDaemon(f"unix:{path}", {"good": {}, "evil": {"x": "\x1b[31mred [bold]"}}, hostname="box-7")
+            daemon.metadata["good"]["name"] = "b\u00fcro"
             async with daemon:
                 await daemon.until(lambda: len(daemon.commands) == 2)
                 for text in (b"box-7", b"veth-good", b"in sync", b"policy file", b"1 connected", b"daemon_connected"):
@@ -451,3 +460,24 @@ def test_address_in_use(policy: Path) -> None:
             assert "another process is listening on it" in said
 
     run(test())
+
+
+class Unwritable:
+    """A screen that fails in a way of its own, as an encoding that lacks a character does."""
+
+    def begin(self) -> None:
+        pass
+
+    def show(self, _snapshot: Snapshot) -> None:
+        "\u2026".encode("ascii")
+
+    def end(self) -> None:
+        pass
+
+
+def test_screen_that_fails_is_told_of() -> None:
+    with structlog.testing.capture_logs() as logs:
+        showing = Showing(Unwritable())
+        showing.offer(Snapshot(0.0, "", "", 0, (), (), ()))
+        showing.end()
+    assert [entry["event"] for entry in logs] == ["status_not_shown"]

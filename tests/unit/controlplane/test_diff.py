@@ -154,3 +154,17 @@ def test_single_command_gives_what_the_whole_policy_gives(old: Policy, new: Poli
     by_one = apply(in_force, command_of(control_pb2.ControlCommand.FromString(body)), 30.0)
     by_all = apply(in_force, command_of(control_pb2.ControlCommand.FromString(new.bulk_body)), 30.0)
     assert by_one == by_all
+
+
+def test_very_long_lists_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diff, "MAX_RULES", 1)
+    assert single_command(Policy("allowlist", version="a"), Policy("allowlist", allow=["10.9.0.1"])) is not None
+    assert single_command(Policy("allowlist", version="b"), Policy("allowlist", allow=["10.9.0.1", "10.9.0.2"])) is None
+
+
+def test_few_differences_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diff, "MAX_PAIRS", 3)
+    diff._known.clear()
+    for number in range(10):
+        assert single_command(Policy("allowlist"), Policy("allowlist", version=f"v{number}"))
+    assert len(diff._known) == 3

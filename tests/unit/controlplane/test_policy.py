@@ -174,3 +174,10 @@ def test_from_update_refuses_unknown_modes() -> None:
 
 def test_bound_of_versions_is_reached_by_none_of_ours() -> None:
     assert len(Policy("block_all").version) < limits.MAX_NAME
+
+
+def test_shortest_ttl_is_never_for_ever() -> None:
+    policy = Policy("allowlist", allow=[Cidr("192.0.2.7", ttl_s=1e-10)])
+    (entry,) = control_pb2.ControlCommand.FromString(policy.bulk_body).bulk_update.allow_cidrs
+    assert entry.HasField("ttl")
+    assert entry.ttl.nanos == 1

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.controlplane.fake_daemon import FakeDaemon, until
 from tests.unit.controlplane.harness import Policies, all_are, run, serving
 
-from netfence.controlplane import Attachment, Limits, NameAnswer, State
+from netfence.controlplane import Attachment, Daemon, Limits, NameAnswer, Peer, State
 from netfence.controlplane import server as server_module
 from netfence.errors import InvalidError
 
@@ -188,5 +188,50 @@ def test_questions_at_once_are_bounded_per_connection() -> None:
             assert sum(not isinstance(answer, BaseException) and answer.allow for answer in answers) >= 4
             assert most == 4
             assert (await daemon.query("a", "after.")).allow
+
+    run(test())
+
+
+def test_name_is_in_lower_case() -> None:
+    async def answer_dns(_attachment: Attachment, name: str, _qtype: str) -> NameAnswer:
+        return NameAnswer(allow=name == "pypi.org")
+
+    async def test() -> None:
+        async with serving(Policies(), answer_dns=answer_dns) as plane, FakeDaemon(plane.address, {"a": {}}) as daemon:
+            assert (await daemon.query("a", "PyPI.org.")).allow
+
+    run(test())
+
+
+def test_namesake_that_is_away_does_not_answer() -> None:
+    async def answer_dns(attachment: Attachment, _name: str, _qtype: str) -> NameAnswer:
+        return NameAnswer(allow=attachment.daemon.id == "now")
+
+    async def test() -> None:
+        async with (
+            serving(Policies(), answer_dns=answer_dns) as plane,
+            FakeDaemon(plane.address, {"a": {}}, daemon_id="before") as old,
+            FakeDaemon(plane.address, {"a": {}}, daemon_id="now"),
+            FakeDaemon(plane.address, {}, daemon_id="asks") as asks,
+        ):
+            await old.drop()
+            await until(lambda: sum(status.connected for status in plane.daemons) == 2)
+            assert (await asks.query("a", "x.")).allow
+
+    run(test())
+
+
+def test_who_is_not_admitted_as_the_daemon_may_not_ask_for_it() -> None:
+    def admit(daemon: Daemon, peer: Peer) -> bool:
+        return peer.token == daemon.id
+
+    async def test() -> None:
+        async with (
+            serving(Policies(), answer_dns=deny, admit=admit, tokens=["one", "two"]) as plane,
+            FakeDaemon(plane.address, {"a": {}}, daemon_id="one", token="one") as one,
+            FakeDaemon(plane.address, {}, daemon_id="two", token="two") as two,
+        ):
+            assert not (await one.query("a", "x.")).allow
+            assert await status_of(two, "a") is grpc.StatusCode.PERMISSION_DENIED
 
     run(test())

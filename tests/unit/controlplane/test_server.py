@@ -15,13 +15,16 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 import trustme
 from tests.unit.controlplane.fake_daemon import FakeDaemon, daemons, until
 from tests.unit.controlplane.harness import Policies, all_are, run, serving
 
 from netfence.controlplane import ControlPlane, Daemon, Limits, Peer, ServerTls, State, token_file
+from netfence.controlplane import plane as plane_module
 from netfence.controlplane import server as server_module
 from netfence.controlplane.book import Book
+from netfence.controlplane.hush import Hush
 from netfence.controlplane.server import _options, split_address
 from netfence.controlplane.tokens import TokenCheck
 from netfence.errors import InvalidError, NetfenceError, PreconditionError
@@ -559,5 +562,29 @@ def test_what_waited_for_its_turn_at_the_end_is_asked_about_when_served_again() 
         policies.gate.set()
         async with plane.serving("127.0.0.1:0"), daemons(3, plane.address):
             await until(lambda: all_are(plane, State.IN_SYNC, 3))
+
+    run(test())
+
+
+@pytest.mark.parametrize("proof", ["", "insecure", "local", "client_ca", "tokens", "admit"])
+def test_address_that_anybody_may_connect_to_is_warned_of(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proof: str
+) -> None:
+    monkeypatch.setattr(plane_module, "hush", Hush(structlog.get_logger("test")))
+
+    async def test() -> None:
+        cert, key = authority.files("127.0.0.1")
+        client_ca = tmp_path / "ca.pem"
+        client_ca.write_bytes(authority.roots)
+        tls = None if proof == "insecure" else ServerTls(cert, key, client_ca if proof == "client_ca" else None)
+        plane = ControlPlane(Policies(), admit=yes if proof == "admit" else None)
+        address = "127.0.0.1:0" if proof == "local" else "0.0.0.0:0"
+        with structlog.testing.capture_logs() as logs:
+            async with plane.serving(
+                address, tls=tls, tokens="secret" if proof == "tokens" else None, insecure=tls is None
+            ):
+                pass
+        warned = [entry for entry in logs if entry["event"] == "anybody_may_connect"]
+        assert bool(warned) == (proof in {"", "insecure"})
 
     run(test())

@@ -237,8 +237,9 @@ def test_window_bounds_what_is_in_flight() -> None:
         limits = Limits(in_flight_per_daemon=8)
         async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address) as daemon:
             daemon.answers = False
-            for attachment_id in many:
-                await daemon.attach(attachment_id)
+            daemon.metadata = {attachment_id: {} for attachment_id in many}
+            daemon.applied = dict.fromkeys(many, SHUT.rules)
+            await daemon.connect()
             await until(lambda: all_are(plane, State.PENDING, 50))
             await daemon.until(lambda: len(daemon.commands) == 8)
             assert plane.daemons[0].awaited_results == 8
@@ -519,3 +520,83 @@ def test_refused_policy_is_sent_again_where_that_is_wanted() -> None:
             assert outcomes(await plane.update(retry_refused=True)) == {"a": Outcome.APPLIED}
 
     run(test())
+
+
+def test_first_policy_does_not_stand_behind_the_window() -> None:
+    """Somebody waits for the attach, and results of large policies take a daemon long."""
+
+    async def test() -> None:
+        policies = Policies(WEB)
+        many: dict[str, dict[str, str]] = {f"a{number}": {} for number in range(5)}
+        limits = Limits(in_flight_per_daemon=2)
+        async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address, many) as daemon:
+            await until(lambda: all_are(plane, State.IN_SYNC, 5))
+            daemon.answers = False
+            policies.default = OPEN
+            await plane.update(timeout_s=0.01)
+            await daemon.until(lambda: len(daemon.commands) == 7)
+            await daemon.attach("new")
+            await daemon.until(lambda: daemon.applied["new"] == OPEN.rules)
+            assert len(daemon.commands) == 8
+
+    run(test())
+
+
+def test_single_result_that_never_comes_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netfence.controlplane.plane.SWEEP_S", 0.02)
+
+    async def test() -> None:
+        policies = Policies(WEB)
+        limits = Limits(result_timeout_s=0.3)
+        async with serving(policies, limits=limits) as plane, FakeDaemon(plane.address, {"a": {}, "b": {}}) as daemon:
+            await until(lambda: all_are(plane, State.IN_SYNC, 2))
+            daemon.answers = False
+            policies.by_id["a"] = OPEN
+            await plane.update("a", timeout_s=0.01)
+            await daemon.until(lambda: len(daemon.commands) == 3)
+            daemon.answers = True
+            number = 0
+            while daemon.status is None:
+                number += 1
+                policies.by_id["b"] = Policy("allowlist", version=f"v{number}")
+                await plane.update("b")
+                await asyncio.sleep(0.05)
+            assert "a command" in daemon.details or daemon.details == "Internal error from Core"  # as in FakeDaemon
+            assert number > 2
+
+    run(test())
+
+
+def test_namesake_that_is_away_is_not_meant() -> None:
+    async def test() -> None:
+        policies = Policies(WEB)
+        async with serving(policies) as plane, FakeDaemon(plane.address, {"a": {}}, daemon_id="before") as old:
+            await old.drop()
+            await until(lambda: all_are(plane, State.DISCONNECTED, 1))
+            assert outcomes(await plane.update("a")) == {"a": Outcome.DISCONNECTED}
+            async with FakeDaemon(plane.address, {"a": {}}, daemon_id="now"):
+                policies.default = OPEN
+                results = await plane.update("a")
+                assert [result.attachment.daemon.id for result in results] == ["now"]
+                assert results.ok
+
+    run(test())
+
+
+def test_attachments_of_daemons_that_are_away_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        limits = Limits(max_away_attachments=5)
+        async with serving(Policies(), limits=limits) as plane, daemons(4, plane.address, 2) as fleet:
+            await until(lambda: all_are(plane, State.IN_SYNC, 8))
+            for number in (2, 0, 1):
+                await fleet[number].drop()
+                await until(functools.partial(_is_away, plane, f"daemon-{number}"))
+            monkeypatch.setattr("netfence.controlplane.book.time.time", lambda: 0.0)  # who is away is not too old
+            plane._book.sweep()
+            assert {status.daemon.id for status in plane.daemons} == {"daemon-0", "daemon-1", "daemon-3"}
+
+    run(test())
+
+
+def _is_away(plane: ControlPlane, daemon_id: str) -> bool:
+    return any(status.daemon.id == daemon_id and not status.connected for status in plane.daemons)
