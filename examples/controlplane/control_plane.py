@@ -30,9 +30,9 @@ class Directory:
         """Read the file. Nothing changes when it raises."""
         tree = yaml.safe_load(self.path.read_text())
         policies = {name: make_policy(entry) for name, entry in tree["policies"].items()}
-        rules = [(entry["metadata"], policies[entry["policy"]]) for entry in tree.get("attachments", ())]
+        rules = [(entry["metadata"], policies[entry["policy"]]) for entry in tree.get("attachments") or ()]
         self.default, self.rules = policies[tree["default"]], rules
-        self.names: dict[str, Any] = tree.get("names", {})
+        self.names: dict[str, Any] = tree.get("names") or {}
 
     async def policy_for(self, attachment: Attachment) -> Policy:
         """Return the policy of the first entry whose metadata the attachment has."""

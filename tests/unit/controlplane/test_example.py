@@ -12,10 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.unit.controlplane.fake_daemon import FakeDaemon
+from tests.unit.controlplane.fake_daemon import FakeDaemon, until
 from tests.unit.controlplane.harness import run
 
-from netfence.controlplane import Attachment, ControlPlane, Daemon
+from netfence.controlplane import Attachment, ControlPlane, Daemon, Policy
 from netfence.policy.modes import Mode
 
 EXAMPLE = Path(__file__).parents[3] / "examples/controlplane"
@@ -78,13 +78,36 @@ def test_example_is_short() -> None:
     assert len((EXAMPLE / "control_plane.py").read_text().splitlines()) < 100
 
 
+def guide_program(number: int) -> str:
+    text = (EXAMPLE.parents[1] / "docs/control-plane.md").read_text()
+    programs: list[str] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return programs[number]
+
+
+def test_guide_pushes_changes(tmp_path: Path) -> None:
+    async def test() -> None:
+        address = f"unix:{tmp_path}/s"
+        names: dict[str, Any] = {"__name__": "guide"}
+        exec(guide_program(1).replace("127.0.0.1:7443", address), names)
+        program = asyncio.create_task(names["main"]())
+        await until((tmp_path / "s").exists)
+        async with FakeDaemon(address, {"a": {"tenant": "acme"}, "x": {}}) as daemon:
+            await daemon.until(lambda: len(daemon.commands) == 2)
+            assert (await daemon.query("a", "www.PyPI.org.")).allow
+            names["POLICIES"]["acme"] = Policy("denylist")
+            names["changed"].put_nowait("acme")
+            await daemon.until(lambda: daemon.applied["a"].mode is Mode.DENYLIST)
+        program.cancel()
+        await asyncio.wait({program})
+
+    run(test())
+
+
 def test_guide_begins_with_a_program_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[str] = []
     monkeypatch.setattr(ControlPlane, "run", lambda _plane, address: served.append(address))
-    text = (EXAMPLE.parents[1] / "docs/control-plane.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     names: dict[str, Any] = {}
-    exec(program, names)
+    exec(guide_program(0), names)
     assert served == ["127.0.0.1:7443"]
     build = Attachment("a", "veth0", Daemon("d"), {"role": "build"})
     assert asyncio.run(names["policy_for"](build)).rules.mode is Mode.ALLOWLIST
