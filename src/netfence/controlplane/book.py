@@ -15,13 +15,12 @@ import structlog
 
 from netfence.controlplane.entry import Entry, Link, Record
 from netfence.controlplane.hush import Hush
-from netfence.controlplane.limits import MAX_AWAITED_QUERIES, MAX_ID_BYTES, Limits
+from netfence.controlplane.limits import ENTRY_BYTES, MAX_AWAITED_QUERIES, MAX_ID_BYTES, Limits
 from netfence.controlplane.views import Daemon, attachment_of, counters_of
 from netfence.errors import ExhaustedError, InvalidError
 from netfence.v1 import control_pb2
 
-log = structlog.get_logger(__name__)
-hush = Hush(log)
+hush = Hush(structlog.get_logger(__name__))
 
 
 class Book:
@@ -62,6 +61,7 @@ class Book:
         record.link, record.daemon = link, daemon
         record.confirms = "nonce" in daemon.capabilities
         record.since = record.last_seen = time.time()
+        record.size = sync.ByteSize() + ENTRY_BYTES * len(sync.attachments)
         self.changes += 1
         self._resume(record, sync)
         hush.info(
@@ -104,6 +104,7 @@ class Book:
             return
         if (old := record.entries.get(message.id)) is not None:
             self._drop(old)
+        record.size += message.ByteSize() + ENTRY_BYTES  # until the next connection, which tells what is left
         self._add(Entry(attachment_of(message, record.daemon), record, fresh=True))
 
     def unsubscribe(self, record: Record, message: control_pb2.Unsubscribed) -> None:
@@ -172,8 +173,8 @@ class Book:
         kept = 0
         away = [record for record in self._records.values() if record.link is None]
         for record in sorted(away, key=lambda record: record.since, reverse=True):
-            kept += len(record.entries)
-            if record.since < since or kept > self._limits.max_away_attachments:
+            kept += record.size
+            if record.since < since or kept > self._limits.max_away_bytes:
                 self._forget(record)
 
     # -- leaves --------------------------------------------------------------------------------------------------------

@@ -61,13 +61,14 @@ class Link(Protocol):
 class Record:
     """A daemon; `link` is None while it is away."""
 
-    __slots__ = ("asking", "confirms", "daemon", "deciding", "entries", "last_seen", "link", "since")
+    __slots__ = ("asking", "confirms", "daemon", "deciding", "entries", "last_seen", "link", "since", "size")
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self.link: Link | None = None
         self.entries: dict[str, Entry] = {}
         self.confirms = False
+        self.size = 0  # bytes that it costs, by reckoning
         self.since = self.last_seen = time.time()
         # Of `deciding`: the attachments to ask about, how many are being asked about.
         self.asking: deque[Entry] = deque()

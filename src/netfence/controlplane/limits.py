@@ -29,9 +29,9 @@ class Limits:
     """Daemons remembered, the connected ones included; one more is turned away."""
     forget_after_s: float = 3600.0
     """How long a daemon that is away is shown and its refused policies remembered."""
-    max_away_attachments: int = 100_000
-    """Attachments remembered of all daemons that are away, some 2 kB each and their metadata; the daemon that is away
-    longest is forgotten first."""
+    max_away_bytes: int = 256 << 20
+    """Memory for all daemons that are away, reckoned by what they sent and 2 kB an attachment: 100,000 attachments with
+    little metadata. The daemon that is away longest is forgotten first."""
     max_message_bytes: int = 16 << 20
     """One message of a daemon: a SyncRequest of 4096 attachments with a kilobyte of metadata each is 5 MB."""
     events_per_s: float = 1000.0
@@ -92,6 +92,9 @@ MAX_LARGE_WRITES: Final = 32
 
 LARGE_HOLD_S: Final = 1.0
 """How long one of them counts: daemons that do not read must not keep a new attach, which waits 5 s, from its ack."""
+
+ENTRY_BYTES: Final = 2048
+"""What an attachment costs besides what its daemon says of it."""
 
 MAX_ID_BYTES: Final = 128
 """Bytes of a daemon's or attachment's id in UTF-8: ours have 36, and to a longer one a daemon gives no result."""

@@ -129,12 +129,17 @@ class ControlPlane:
         tokens: Tokens | None = None,
         insecure: bool = False,
     ) -> None:
-        """Serve until SIGINT or SIGTERM; arguments as for `serving`. Blocks; for a program that does nothing else."""
+        """Serve until SIGINT or SIGTERM; arguments as for `serving`. Blocks; for a program that does nothing else.
+
+        SIGHUP is ignored where nobody handles it: to lose its terminal, or to be told to reload, is no reason to end.
+        """
 
         async def serve() -> None:
             stopped = asyncio.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
             async with self.serving(address, tls=tls, tokens=tokens, insecure=insecure):
                 await stopped.wait()
 
@@ -217,8 +222,11 @@ class ControlPlane:
 
 def raise_open_files() -> None:
     """Allow this process as many open files as it may have: every daemon is one, and 1024 is a common soft limit."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ValueError, OSError) as error:  # the hard limit may be above what the kernel grants
+        hush.warning("open_files_not_raised", limit=soft, error=str(error))
 
 
 def _give_up(body: asyncio.Task[Any] | None, work: asyncio.Task[None]) -> None:

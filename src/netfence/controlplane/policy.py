@@ -7,7 +7,8 @@ Owns the public form of a policy and its place in messages. What is refused, and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -158,27 +159,38 @@ def _checked(policy: Policy) -> Rules:
     faults: list[str] = []
     dns = policy.dns
     spec = None
-    if dns is not None:
+    if isinstance(dns, Dns):
         spec = DnsSpec(
             mode=_number(DnsMode, dns.mode, "dns.mode", faults),
-            allow=[Domain(one) if isinstance(one, str) else one for one in _list(dns.allow, "dns.allow", faults)],
-            deny=[Domain(one) if isinstance(one, str) else one for one in _list(dns.deny, "dns.deny", faults)],
-            upstreams=_list(dns.upstreams, "dns.upstreams", faults),
+            allow=_domains(dns.allow, "dns.allow", faults),
+            deny=_domains(dns.deny, "dns.deny", faults),
+            upstreams=_upstreams(dns.upstreams, "dns.upstreams", faults),
         )
+    elif dns is not None:
+        faults.append(f"dns: {_shown(dns)} is not one; give Dns(mode, allow=..., deny=...)")
     mode = _number(Mode, policy.mode, "mode", faults)
-    allow, deny = (_list(given, name, faults) for given, name in ((policy.allow, "allow"), (policy.deny, "deny")))
+    allow, deny = _cidrs(policy.allow, "allow", faults), _cidrs(policy.deny, "deny", faults)
     faults += _version_faults(policy.version)
     rules = EMPTY
     try:
         rules = apply(EMPTY, BulkUpdate(mode, allow, deny, spec, bool(policy.audit)), 0.0)
     except InvalidError as error:
-        faults += error.errors
+        faults += [_PLACE.sub(_parameter, fault) for fault in error.errors]
     except ExhaustedError:
         if not faults:
             raise
     if faults:
         raise InvalidError(faults)
     return rules
+
+
+_PLACE: Final = re.compile(r"^(?:(allow|deny)_cidrs|dns\.(allow|deny)_domains|dns\.(upstream)_servers)\b")
+
+
+def _parameter(place: re.Match[str]) -> str:
+    """Return the constructor's name of what the wire calls otherwise."""
+    cidrs, domains, upstream = place.groups()
+    return cidrs or (f"dns.{domains}" if domains else f"dns.{upstream}s")
 
 
 def _number(kind: type[ModeT], mode: ModeT | str, where: str, faults: list[str]) -> ModeT:
@@ -197,18 +209,59 @@ def _of_number(kind: type[ModeT], number: int) -> ModeT | str:
     return kind(number) if number in set(kind) else str(number)
 
 
-Item = TypeVar("Item")
+def _cidrs(given: object, where: str, faults: list[str]) -> list[Cidr | str]:
+    made: list[Cidr | str] = []
+    for place, one in _items(given, where, faults):
+        if isinstance(one, str) or (isinstance(one, Cidr) and isinstance(one.cidr, str) and _is_number(one.ttl_s)):
+            made.append(one)
+        else:
+            faults.append(f"{place}: {_shown(one)} is not one; give a text or Cidr(text, ttl_s=seconds)")
+            made.append("::/0")  # so that the others keep their places
+    return made
 
 
-def _list(given: Sequence[Item], where: str, faults: list[str]) -> Sequence[Item]:
-    """Return the list; a text in its place, which is a sequence too, is a fault."""
-    if isinstance(given, str):
-        faults.append(f"{where}: {shown(given)} is one text; give a list of them")
-        return ()
-    return tuple(given)
+def _domains(given: object, where: str, faults: list[str]) -> list[Domain]:
+    made: list[Domain] = []
+    for place, one in _items(given, where, faults):
+        if isinstance(one, Domain) and isinstance(one.domain, str):
+            made.append(one)
+        elif isinstance(one, str):
+            made.append(Domain(one))
+        else:
+            faults.append(f"{place}: {_shown(one)} is not one; give a text or Domain(text, include_subdomains=True)")
+            made.append(Domain("*"))
+    return made
 
 
-def _version_faults(version: str) -> list[str]:
+def _upstreams(given: object, where: str, faults: list[str]) -> list[str]:
+    made: list[str] = []
+    for place, one in _items(given, where, faults):
+        if not isinstance(one, str):
+            faults.append(f"{place}: {_shown(one)} is not one; give a text, address or address:port")
+        made.append(one if isinstance(one, str) else "::1")
+    return made
+
+
+def _items(given: object, where: str, faults: list[str]) -> Iterator[tuple[str, object]]:
+    """Yield the items of a list and their places; a text in its place, which is a sequence too, is a fault."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        faults.append(f"{where}: {_shown(given)} is not a list; give a list of texts")
+        return
+    for index, one in enumerate(given):
+        yield f"{where}[{index}]", one
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return shown(value if isinstance(value, str) else repr(value))
+
+
+def _version_faults(version: object) -> list[str]:
+    if not isinstance(version, str):
+        return [f"version: {_shown(version)} is not a text"]
     try:
         size = len(version.encode())
     except UnicodeEncodeError:

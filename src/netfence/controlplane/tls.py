@@ -13,11 +13,12 @@ from pathlib import Path
 import grpc
 import structlog
 
+from netfence.controlplane.hush import Hush
 from netfence.errors import InvalidError
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 
-log = structlog.get_logger(__name__)
+hush = Hush(structlog.get_logger(__name__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,10 @@ class TlsFiles:
         try:
             self._config = self._read()
         except InvalidError as error:
-            log.warning("tls_files_refused", errors=list(error.errors), effect="the last ones stay")
+            hush.warning("tls_files_refused", errors=list(error.errors), effect="the last ones stay")
             return None
         self._seen = now
-        log.info("tls_files_loaded", cert=str(self._cert))
+        hush.info("tls_files_loaded", cert=str(self._cert))
         return self._config
 
     def _read(self) -> grpc.ServerCertificateConfiguration:

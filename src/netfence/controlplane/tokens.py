@@ -13,6 +13,7 @@ from typing import Final
 
 import structlog
 
+from netfence.controlplane.hush import Hush
 from netfence.errors import InvalidError
 
 Tokens = str | Collection[str] | Callable[[], str | Collection[str]]
@@ -21,7 +22,7 @@ Tokens = str | Collection[str] | Callable[[], str | Collection[str]]
 SCHEME: Final = "bearer "
 MAX_FILE_BYTES: Final = 1 << 20
 
-log = structlog.get_logger(__name__)
+hush = Hush(structlog.get_logger(__name__))
 
 
 class TokenCheck:
@@ -44,7 +45,7 @@ class TokenCheck:
         try:
             known = _digests(self._tokens() if callable(self._tokens) else self._tokens)
         except Exception as error:  # noqa: BLE001 - the user's code, or a file that is just not there
-            log.warning("tokens_unreadable", error=str(error), effect="nobody can connect")
+            hush.warning("tokens_unreadable", error=str(error), effect="nobody can connect")
             return None
         given = _digest(token)
         matches = [hmac.compare_digest(given, digest) for digest in known]
@@ -67,7 +68,7 @@ def token_file(path: Path) -> Callable[[], Collection[str]]:
             try:
                 tokens, seen = _read(path), now
             except InvalidError as error:
-                log.warning("token_file_refused", error=str(error), effect="the last tokens stay")
+                hush.warning("token_file_refused", error=str(error), effect="the last tokens stay")
         return tokens
 
     return read

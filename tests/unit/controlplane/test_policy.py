@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import ipaddress
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,9 +50,9 @@ def test_every_fault_is_told_at_once() -> None:
             version="v" * 300,
         )
     faults = caught.value.errors
-    for part in ("mode: ", "allow_cidrs[0]: ", "allow_cidrs[1]: ", "deny: ", "dns.mode: ", "dns.allow_domains[0]: "):
+    for part in ("mode: ", "allow[0]: ", "allow[1]: ", "deny: ", "dns.mode: ", "dns.allow[0]: "):
         assert any(fault.startswith(part) for fault in faults), (part, faults)
-    for part in ("dns.deny: ", "dns.upstream_servers[0]: ", "version: "):
+    for part in ("dns.deny: ", "dns.upstreams[0]: ", "version: "):
         assert any(fault.startswith(part) for fault in faults), (part, faults)
     assert len(faults) == 9
 
@@ -181,3 +184,27 @@ def test_shortest_ttl_is_never_for_ever() -> None:
     (entry,) = control_pb2.ControlCommand.FromString(policy.bulk_body).bulk_update.allow_cidrs
     assert entry.HasField("ttl")
     assert entry.ttl.nanos == 1
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "ttl-text": ({"allow": ["::/0", Cidr("10.0.0.0/8", ttl_s="1h")]}, "allow[1]: "),  # type: ignore[arg-type]
+    "ttl-timedelta": ({"deny": [Cidr("10.0.0.0/8", ttl_s=dt.timedelta(hours=1))]}, "deny[0]: "),  # type: ignore[arg-type]
+    "no-list": ({"allow": None}, "allow: "),
+    "number": ({"allow": [1]}, "allow[0]: "),
+    "tuple": ({"allow": [("10.0.0.0/8", 60)]}, "allow[0]: "),
+    "network": ({"allow": [ipaddress.ip_network("10.0.0.0/8")]}, "allow[0]: "),
+    "cidr-none": ({"allow": [Cidr(None)]}, "allow[0]: "),  # type: ignore[arg-type]
+    "dns-mapping": ({"dns": {"mode": "proxy"}}, "dns: "),
+    "dns-text": ({"dns": "proxy"}, "dns: "),
+    "domain-none": ({"dns": Dns("proxy", allow=[None])}, "dns.allow[0]: "),  # type: ignore[list-item]
+    "domain-of-none": ({"dns": Dns("proxy", deny=[Domain(None)])}, "dns.deny[0]: "),  # type: ignore[arg-type]
+    "upstream-number": ({"dns": Dns("proxy", upstreams=["::1", 53])}, "dns.upstreams[1]: "),  # type: ignore[list-item]
+    "version": ({"version": 7}, "version: "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "place"), WRONG.values(), ids=WRONG)
+def test_wrong_types_are_faults_with_their_place(arguments: dict[str, Any], place: str) -> None:
+    with pytest.raises(InvalidError) as caught:
+        Policy("allowlist", **arguments)
+    assert [fault.startswith(place) for fault in caught.value.errors] == [True], caught.value.errors

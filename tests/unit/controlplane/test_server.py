@@ -25,6 +25,7 @@ from netfence.controlplane import plane as plane_module
 from netfence.controlplane import server as server_module
 from netfence.controlplane.book import Book
 from netfence.controlplane.hush import Hush
+from netfence.controlplane.plane import raise_open_files
 from netfence.controlplane.server import _options, split_address
 from netfence.controlplane.tokens import TokenCheck
 from netfence.errors import InvalidError, NetfenceError, PreconditionError
@@ -228,6 +229,10 @@ def test_run_ends_by_signals(tmp_path: Path, number: signal.Signals) -> None:
                 await until(path.exists)
                 async with FakeDaemon(f"unix:{path}", {"a": {}}) as daemon:
                     await daemon.until(lambda: daemon.commands)
+                    process.send_signal(signal.SIGHUP)  # ignored
+                    await daemon.heartbeat(a=1)
+                    await daemon.attach("b")
+                    await daemon.until(lambda: len(daemon.commands) == 2)
                     process.send_signal(number)
                     await daemon.until(lambda: daemon.status)
                 out, err = await asyncio.to_thread(process.communicate)
@@ -588,3 +593,11 @@ def test_address_that_anybody_may_connect_to_is_warned_of(
         assert bool(warned) == (proof in {"", "insecure"})
 
     run(test())
+
+
+def test_open_files_that_cannot_be_raised_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr("resource.setrlimit", refuse)
+    raise_open_files()

@@ -585,9 +585,9 @@ def test_namesake_that_is_away_is_not_meant() -> None:
 
 def test_attachments_of_daemons_that_are_away_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        limits = Limits(max_away_attachments=5)
-        async with serving(Policies(), limits=limits) as plane, daemons(4, plane.address, 2) as fleet:
-            await until(lambda: all_are(plane, State.IN_SYNC, 8))
+        limits = Limits(max_away_bytes=20_000)
+        async with serving(Policies(), limits=limits) as plane, daemons(4, plane.address, 4) as fleet:
+            await until(lambda: all_are(plane, State.IN_SYNC, 16))
             for number in (2, 0, 1):
                 await fleet[number].drop()
                 await until(functools.partial(_is_away, plane, f"daemon-{number}"))
