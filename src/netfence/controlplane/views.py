@@ -218,12 +218,10 @@ class NameAnswer:
     def __post_init__(self) -> None:
         faults = []
         for index, text in enumerate(self.ips):
-            try:
-                ipaddress.ip_address(text)
-            except ValueError as fault:
-                faults.append(f"ips[{index}]: {fault}")
-        if not 0 <= self.ttl_s <= MAX_TTL_S:
-            faults.append(f"ttl_s: {self.ttl_s} is not from 0 to {MAX_TTL_S}")
+            if not isinstance(text, str) or not _is_address(text):
+                faults.append(f"ips[{index}]: {text!r} is not the text of an IP address")
+        if not isinstance(self.ttl_s, int) or not 0 <= self.ttl_s <= MAX_TTL_S:
+            faults.append(f"ttl_s: {self.ttl_s!r} is not a whole number from 0 to {MAX_TTL_S}")
         if faults:
             raise InvalidError(faults)
 
@@ -284,6 +282,14 @@ def counters_of(stats: control_pb2.AttachmentStats, at: float) -> Counters:
         stats.dns_queries_blocked,
         stats.policy_hash,
     )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # a scope means nothing on another host
 
 
 def _frozen(metadata: Mapping[str, str]) -> Mapping[str, str]:

@@ -27,8 +27,10 @@ from tests.unit.controlplane.fake_daemon import FakeDaemon, until
 from tests.unit.controlplane.harness import run
 
 from netfence.control.policyfile import load_policy_file
-from netfence.controlplane.command import Showing
+from netfence.controlplane.book import Book
+from netfence.controlplane.command import Options, Showing, _Process
 from netfence.controlplane.status import Snapshot
+from netfence.errors import NetfenceError
 from netfence.policy.modes import Mode
 
 NETFENCED = Path(sys.executable).with_name("netfenced")
@@ -481,3 +483,14 @@ def test_screen_that_fails_is_told_of() -> None:
         showing.offer(Snapshot(0.0, "", "", 0, (), (), ()))
         showing.end()
     assert [entry["event"] for entry in logs] == ["status_not_shown"]
+
+
+def test_end_of_the_work_ends_the_command(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep(_: Book) -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setattr(Book, "sweep", sweep)
+    monkeypatch.setattr("netfence.controlplane.plane.SWEEP_S", 0.01)
+    process = _Process(Options(policy, f"unix:{policy.parent}/s"), None)
+    with pytest.raises(NetfenceError, match="restart"):
+        asyncio.run(asyncio.wait_for(process.main(), 10))

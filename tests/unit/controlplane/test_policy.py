@@ -208,3 +208,14 @@ def test_wrong_types_are_faults_with_their_place(arguments: dict[str, Any], plac
     with pytest.raises(InvalidError) as caught:
         Policy("allowlist", **arguments)
     assert [fault.startswith(place) for fault in caught.value.errors] == [True], caught.value.errors
+
+
+def test_wrong_types_leave_the_others_their_places() -> None:
+    with pytest.raises(InvalidError) as caught:
+        Policy(
+            "allowlist",
+            allow=[1, "nowhere"],  # type: ignore[list-item]
+            dns=Dns("proxy", allow=[2, "a..b"], upstreams=[3, "nowhere"]),  # type: ignore[list-item]
+        )
+    places = {fault.partition(": ")[0] for fault in caught.value.errors}
+    assert places == {f"{name}[{index}]" for name in ("allow", "dns.allow", "dns.upstreams") for index in (0, 1)}

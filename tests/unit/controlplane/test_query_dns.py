@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from typing import Any
 
 import grpc
@@ -44,8 +45,20 @@ def test_answer_is_the_handlers() -> None:
     run(test())
 
 
-@pytest.mark.parametrize(("ips", "ttl_s"), [(["nowhere"], 0), ([], -1), ([], 2**32), (["192.0.2.1/32"], 0)])
-def test_bad_answer_is_refused_where_it_is_made(ips: list[str], ttl_s: int) -> None:
+@pytest.mark.parametrize(
+    ("ips", "ttl_s"),
+    [
+        (["nowhere"], 0),
+        ([], -1),
+        ([], 2**32),
+        ([], 1.5),
+        ([], "60"),
+        (["192.0.2.1/32"], 0),
+        (["fe80::1%eth0"], 0),
+        ([ipaddress.ip_address("192.0.2.1")], 0),
+    ],
+)
+def test_bad_answer_is_refused_where_it_is_made(ips: Any, ttl_s: Any) -> None:
     with pytest.raises(InvalidError):
         NameAnswer(allow=True, ips=ips, ttl_s=ttl_s)
 

@@ -585,15 +585,18 @@ def test_namesake_that_is_away_is_not_meant() -> None:
 
 def test_attachments_of_daemons_that_are_away_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        limits = Limits(max_away_bytes=20_000)
+        limits = Limits(max_away_bytes=20_000)  # two of four attachments, but not one and one of seven
         async with serving(Policies(), limits=limits) as plane, daemons(4, plane.address, 4) as fleet:
             await until(lambda: all_are(plane, State.IN_SYNC, 16))
-            for number in (2, 0, 1):
+            for attachment_id in ("new", "newer", "newest"):
+                await fleet[2].attach(attachment_id)
+            await until(lambda: all_are(plane, State.IN_SYNC, 19))
+            for number in (0, 2, 1):
                 await fleet[number].drop()
                 await until(functools.partial(_is_away, plane, f"daemon-{number}"))
             monkeypatch.setattr("netfence.controlplane.book.time.time", lambda: 0.0)  # who is away is not too old
             plane._book.sweep()
-            assert {status.daemon.id for status in plane.daemons} == {"daemon-0", "daemon-1", "daemon-3"}
+            assert {status.daemon.id for status in plane.daemons} == {"daemon-1", "daemon-3"}
 
     run(test())
 
