@@ -267,8 +267,9 @@ netfenced controlplane --policy policy.yaml --json | jq -c .policy_file
 def controlplane(policy: Path, listen: str, *, insecure: bool, as_json: bool, **files: Path | None) -> int:
     """Run a control plane that gives a fleet of daemons the policies of a file.
 
-    The file is read again when it changes and on SIGHUP; one with errors changes nothing. On a terminal a page shows
-    the daemons and their attachments. SIGTERM ends it; the daemons keep the policies that they have.
+    The file is read again when it changes, and on SIGHUP, which also sends again what a daemon refused; one with
+    errors changes nothing. On a terminal a page shows the daemons and their attachments. SIGTERM ends it; the daemons
+    keep the policies that they have.
     """
     cert, key, client_ca = (files[name] for name in ("tls_cert", "tls_key", "tls_client_ca"))
     if (cert is None) != (key is None):
