@@ -194,3 +194,22 @@ def _is_zombie(pid: str) -> bool:
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
+
+
+def test_two_test_processes_may_sweep_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them removed under the other's hands is removed."""
+    left = cgroup.root() / f"{sandbox.PREFIX}999999999"
+    for directory in (left, left / "daemon", left / "daemon" / "inner"):
+        directory.mkdir()
+    iterdir = Path.iterdir
+
+    def overtaken(path: Path) -> Iterator[Path]:
+        entries = list(iterdir(path))
+        if path == left:
+            monkeypatch.undo()
+            cgroup.sweep()  # the other one
+        return iter(entries)
+
+    monkeypatch.setattr(Path, "iterdir", overtaken)
+    cgroup.sweep()
+    assert not left.exists()

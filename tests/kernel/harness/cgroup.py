@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from pathlib import Path
@@ -52,20 +53,19 @@ class Cgroup:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a cgroup with all below it, ending the processes inside."""
-    if not path.exists():
-        return
-    for child in [entry for entry in path.iterdir() if entry.is_dir()]:
-        remove_tree(child)
+    """Remove a cgroup with all below it, ending the processes inside; another test process may be about the same."""
+    with contextlib.suppress(FileNotFoundError):
+        for child in [entry for entry in path.iterdir() if entry.is_dir()]:
+            remove_tree(child)
 
     def removed() -> bool:
-        for pid in (path / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
         try:
+            for pid in (path / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             path.rmdir()
-        except OSError:  # EBUSY until the last process is reaped
-            return False
+        except OSError as error:  # EBUSY until the last process is reaped
+            return error.errno in {errno.ENOENT, errno.ENODEV} and not path.exists()
         return True
 
     wait_for(removed, f"cgroup {path} to become empty")
