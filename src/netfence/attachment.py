@@ -220,7 +220,7 @@ class Attachment:
                 else:
                     await finish(self._begin_unacked(), f"store {self.row.id}")
         except BaseException as error:
-            self._closed = True
+            self.shut()
             if settled is not None:
                 settled(error)
             raise
@@ -288,8 +288,7 @@ class Attachment:
     async def close(self) -> None:
         """Wait for what is in progress and refuse all further commands and leases."""
         async with self._lock:
-            self._closed = True
-            self._generation += 1
+            self.shut()
 
     def shut(self) -> None:
         """Refuse all further commands and leases from this moment on; `close` also waits for what is in progress."""

@@ -239,16 +239,12 @@ class Lifecycle:
             first = await self.parts.control.subscribe(attachment.view())
             # No suspension between the policy's decision and its place in the attachment's queue: see ControlPort.
             await attachment.begin(first)
-        except asyncio.CancelledError:
-            attachment.shut()
-            raise
-        except InvalidError as error:
-            attachment.shut()
+        except BaseException as error:
+            attachment.shut()  # before anybody hears of it: what comes behind a failed ack is for nobody
+            if not isinstance(error, InvalidError):
+                raise
             what = f"attach to {live.row.name}: the control plane's SubscribedAck is refused"
             raise InvalidError([f"{what}: {error.errors[0]}", *error.errors[1:]]) from error
-        except Exception:
-            attachment.shut()
-            raise
         while live.hook_lost:
             live.hook_lost = False
             await finish(attachment.while_open(lambda: self.put_back(live)), f"put back {live.row.name}")

@@ -47,7 +47,7 @@ class FileWatch:
             remedy = "raise the sysctl fs.inotify.max_user_instances"
             log.warning("file_not_watched", file=str(self._path), effect="it is looked at every second", remedy=remedy)
         self._arm()
-        self._seen = self._signature()
+        self._seen = signature(self._path)
 
     def close(self) -> None:
         """Stop watching."""
@@ -67,7 +67,7 @@ class FileWatch:
             self._event.clear()
             await asyncio.sleep(SETTLE_S)
             self._arm()
-            now = self._signature()
+            now = signature(self._path)
             if now != self._seen:
                 self._seen = now
                 return
@@ -126,12 +126,14 @@ class FileWatch:
         except OSError:
             return False
 
-    def _signature(self) -> Signature:
-        try:
-            info = self._path.stat()
-        except OSError:
-            return None
-        return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+def signature(path: Path) -> Signature:
+    """Return what differs when a file has other content, was replaced, or (None) cannot be seen."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> int:

@@ -42,7 +42,22 @@ class _Given:
     version: str
 
 
-class LocalControl:
+class _OnThisHost:
+    """What is the same for every `ControlPort` without a connection: it is never away, and nobody is told anything."""
+
+    @property
+    def stale(self) -> bool:
+        """Return False: nobody is awaited."""
+        return False
+
+    def introduce(self, daemon_id: str, away_s: float | None) -> None:
+        """Do nothing."""
+
+    async def drain(self) -> None:
+        """Do nothing."""
+
+
+class LocalControl(_OnThisHost):
     """A `ControlPort` on a policy file."""
 
     def __init__(self, file: PolicyFile) -> None:
@@ -64,17 +79,6 @@ class LocalControl:
 
     def check(self, target: str) -> None:
         """Accept every target: one that no rule matches gets block_all."""
-
-    @property
-    def stale(self) -> bool:
-        """Return False: a file is always there."""
-        return False
-
-    def introduce(self, daemon_id: str, away_s: float | None) -> None:
-        """Do nothing."""
-
-    async def drain(self) -> None:
-        """Do nothing."""
 
     async def run(self, host: PolicyHost) -> None:
         """Watch the file and keep every attachment at its rule until cancelled."""
@@ -158,7 +162,7 @@ class LocalControl:
         return changed, failed
 
 
-class NoControl:
+class NoControl(_OnThisHost):
     """The `ControlPort` of a daemon with neither control plane nor policy file (semantics.md 27)."""
 
     REMEDY = "set control_plane.url, or policy_file for a local policy"
@@ -179,17 +183,6 @@ class NoControl:
             f"attach {target}: nobody decides its policy: neither control_plane.url nor policy_file is set;"
             f" {self.REMEDY}, and restart netfenced"
         )
-
-    @property
-    def stale(self) -> bool:
-        """Return False: nobody is awaited."""
-        return False
-
-    def introduce(self, daemon_id: str, away_s: float | None) -> None:
-        """Do nothing."""
-
-    async def drain(self) -> None:
-        """Do nothing."""
 
     async def run(self, host: PolicyHost) -> None:
         """Warn once, then wait."""

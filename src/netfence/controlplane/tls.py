@@ -13,10 +13,9 @@ from pathlib import Path
 import grpc
 import structlog
 
+from netfence.control.filewatch import Signature, signature
 from netfence.controlplane.hush import Hush
 from netfence.errors import InvalidError
-
-Signature = tuple[tuple[int, int, int] | None, ...]
 
 hush = Hush(structlog.get_logger(__name__))
 
@@ -36,7 +35,7 @@ class TlsFiles:
     def __init__(self, tls: ServerTls) -> None:
         self._cert, self._key = Path(tls.cert), Path(tls.key)
         self._client_ca = None if tls.client_ca is None else Path(tls.client_ca)
-        self._seen = self._signature()
+        self._seen = self._signatures()
         self._config = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -47,7 +46,7 @@ class TlsFiles:
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """Return the new files, None for the same ones. gRPC calls this in a thread of its own, which may not fail."""
-        now = self._signature()
+        now = self._signatures()
         if now == self._seen:
             return None
         try:
@@ -83,8 +82,8 @@ class TlsFiles:
             except (ssl.SSLError, OSError) as error:
                 faults.append(f"TLS client CA {self._client_ca}: {_why(error)}; give a PEM file of certificates")
 
-    def _signature(self) -> Signature:
-        return tuple(_signature(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
+    def _signatures(self) -> tuple[Signature, ...]:
+        return tuple(signature(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
 
 
 def _contents(path: Path, what: str, faults: list[str]) -> bytes:
@@ -93,14 +92,6 @@ def _contents(path: Path, what: str, faults: list[str]) -> bytes:
     except OSError as error:
         faults.append(f"TLS {what} {path}: {error.strerror}; check the path and that we may read it")
         return b""
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _why(error: OSError) -> str:

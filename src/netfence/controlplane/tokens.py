@@ -13,6 +13,7 @@ from typing import Final
 
 import structlog
 
+from netfence.control.filewatch import signature
 from netfence.controlplane.hush import Hush
 from netfence.errors import InvalidError
 
@@ -59,11 +60,11 @@ def token_file(path: Path) -> Callable[[], Collection[str]]:
     InvalidError when it cannot be read at first.
     """
     tokens = _read(path)
-    seen = _signature(path)
+    seen = signature(path)
 
     def read() -> Collection[str]:
         nonlocal tokens, seen
-        now = _signature(path)
+        now = signature(path)
         if now != seen:
             try:
                 tokens, seen = _read(path), now
@@ -87,14 +88,6 @@ def _read(path: Path) -> Collection[str]:
     if not tokens:
         raise InvalidError(f"read token file {path}: no token in it; one token a line")
     return tokens
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _digests(tokens: str | Collection[str]) -> list[bytes]:
