@@ -26,13 +26,14 @@ from typing import Any, Self
 
 import yaml
 
-from harness import sandbox, topology
+from harness import sandbox, topology, warm
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
 from harness.netns import NetNs
 from harness.spawn import spawn, stop
 from netfence.api.client import DaemonClient, RefusedError, UnreachableError
 from netfence.api.views import AttachSpec, DirectionWish, HookWish
+from netfence.config import Dns
 from netfence.control.policyfile import load_policy_file
 from netfence.control.port import AttachmentView
 from netfence.dataplane.compile import map_specs
@@ -75,17 +76,21 @@ class Netfenced:
         policy: Mapping[str, Any] | None = BLOCK_ALL,
         config: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        cold: bool = False,
     ) -> None:
-        """Prepare files under `directory`; `config` is merged over ours, key by key; `policy` None: no policy file."""
+        """Prepare files under `directory`; `config` is merged over ours, key by key; `policy` None: no policy file.
+
+        `cold`: no programs are loaded yet, and the first start compiles, as on a machine after its boot.
+        """
         self.netns = netns
         self.directory = directory
         self.socket = directory / "netfence.sock"
         self.bpffs = directory / "bpffs"
-        self.pins = self.bpffs / "netfence"
+        self.pins = self.bpffs / warm.PINS
         self.policy_file = directory / "policy.yaml"
         self.log_file = directory / "netfenced.log"
         self.config_file = directory / "netfence.yaml"
-        self._policy, self._config, self._env = policy, config or {}, dict(env or {})
+        self._policy, self._config, self._env, self._cold = policy, config or {}, dict(env or {}), cold
         self._close = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._cgroup: Cgroup | None = None
@@ -96,7 +101,11 @@ class Netfenced:
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # undone at once if the daemon does not start
             self.directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(sandbox.bpffs(self.bpffs))
+            if self._cold:
+                stack.enter_context(sandbox.bpffs(self.bpffs))
+            else:
+                max_leases = self._config.get("dns", {}).get("max_leases_total", Dns().max_leases_total)
+                stack.enter_context(warm.bpffs(self.bpffs, self.directory / "data", max_leases))
             self._cgroup = Cgroup(f"netfenced-{id(self):x}")
             stack.callback(self._cgroup.remove)
             self._dummies = self._dummy_interfaces()

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from harness import sandbox
+from harness import warm
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
 from harness.topology import Topology
@@ -37,6 +37,8 @@ OWN_DNS = ("198.51.100.254", 11000)
 
 BACKGROUND = frozenset({Reason.ARP, Reason.NEIGHBOUR})
 """What namespaces send by themselves, and the harness as sentinel: counted against a test only where it names them."""
+
+MAX_LEASES = 4096
 
 T = TypeVar("T")
 
@@ -173,12 +175,11 @@ class Fence:
         self._numbers = itertools.count()
         self._attachments: list[Attachment] = []
         self._stack = contextlib.ExitStack()
-        mounted = self._stack.enter_context(sandbox.bpffs(directory / "bpffs"))
         data_dir = directory / "data"
-        data_dir.mkdir()
+        mounted = self._stack.enter_context(warm.bpffs(directory / "bpffs", data_dir, MAX_LEASES))
         self._runner = self._stack.enter_context(asyncio.Runner())
         self.plane: DataPlane = self.run(
-            DataPlane.open(mounted / "netfence", data_dir, start_mode, max_leases_total=4096, tcx=tcx)
+            DataPlane.open(mounted / warm.PINS, data_dir, start_mode, max_leases_total=MAX_LEASES, tcx=tcx)
         )
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -242,10 +243,10 @@ class Fence:
         wait_for(lambda: time.monotonic() > at + ticks_s, "the kernel's clock")
 
     def close(self) -> None:
-        """Detach everything and unload."""
+        """Detach everything; the programs stay loaded for the next."""
         for attachment in reversed(list(self._attachments)):
             attachment.detach()
-        self.run(self.plane.close(detach=True))
+        self.run(self.plane.close(detach=False))
         self._stack.close()
 
     def __enter__(self) -> Self:
