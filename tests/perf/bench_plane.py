@@ -14,19 +14,23 @@ from netfence.dataplane.plane import DataPlane
 from netfence.policy.modes import Mode
 
 T = TypeVar("T")
+MAX_LEASES = 65536
 
 
 class Plane:
     """A data plane in the topology's host, driven from a test: `run` a coroutine of it there."""
 
-    def __init__(self, topology: Topology, directory: Path, *, tcx: bool | None = None) -> None:
+    def __init__(
+        self, topology: Topology, directory: Path, *, tcx: bool | None = None, max_leases: int = MAX_LEASES
+    ) -> None:
         self._topology = topology
+        self.max_leases = max_leases
         self._runner = asyncio.Runner()
         (directory / "data").mkdir()
         self._stack = contextlib.ExitStack()
         self.bpffs = self._stack.enter_context(sandbox.bpffs(directory / "bpf"))
         opened = DataPlane.open(
-            self.bpffs / "netfence", directory / "data", Mode.BLOCK_ALL, max_leases_total=65536, tcx=tcx
+            self.bpffs / "netfence", directory / "data", Mode.BLOCK_ALL, max_leases_total=max_leases, tcx=tcx
         )
         self.plane: DataPlane = self.run(opened)
 
