@@ -23,10 +23,13 @@ import pytest
 from harness import cgroup, sandbox
 from harness.agent import Agent
 from harness.cgroup import Cgroup
+from harness.covers import covers
 from harness.daemon import Netfenced
 from harness.fresh import Fresh
+from harness.needs import FIRST_KERNEL, earned, needs, version
 from harness.topology import NAMESERVER4, NAMESERVER6, Topology, Workload
 from harness.unbound import Unbound
+from netfence.dataplane import probe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,11 +96,30 @@ def fresh(tmp_path: Path) -> Iterator[Fresh]:
         yield Fresh(stack, tmp_path)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each test say in the JUnit file what it covers, and let those of tcx wait for a kernel that has it."""
+    has_tcx = probe.kernel_version() >= version(FIRST_KERNEL["tcx"])
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        called = getattr(item, "callspec", None)
+        test = item.originalname if item.cls is None else f"{item.cls.__name__}::{item.originalname}"
+        id_and_values = (called.id, called.params.values()) if called else ()
+        covered = covers(item.path.stem, test, *id_and_values)
+        item.user_properties += covered.properties(has_tcx=has_tcx)
+        if "tcx" in covered.hooks:
+            item.add_marker(needs("tcx"))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Show what running daemons logged when a test fails."""
+    """Fail a test whose skip is not earned (style.md 17), and show what running daemons logged when one fails."""
     outcome: Any = yield
     report = outcome.get_result()
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if not earned(reason):
+            report.outcome, report.longrepr = "failed", f"a skip that is not earned (harness/needs.py): {reason}"
     if report.failed:
         for running in Netfenced.running:
             report.sections.append((f"netfenced {running.pid}", running.log_tail()))

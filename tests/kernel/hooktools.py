@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
+from harness.needs import needs
 from netfence.dataplane import probe, rawprog
 from netfence.dataplane.rawprog import ProgType
 
@@ -28,9 +27,7 @@ TCX_NEXT, TC_ACT_SHOT = -1, 2
 PORT = 9
 HOST_IP, WORKLOAD_IP = "10.91.0.1", "10.91.0.2"
 DEADLINE_S = 5.0
-needs_tcx = pytest.mark.skipif(
-    probe.kernel_version() < (6, 6), reason="waits for Linux 6.6, which brought tcx; on later kernels it must work"
-)
+needs_tcx = needs("tcx")
 # An emulated CPU (the guests of the kernel matrix) is some fifteen times slower; bounds on time allow for that.
 SLOWNESS = 20 if "TCG" in Path("/proc/cpuinfo").read_text() else 1
 SILENCE_S = 0.15  # a veth delivers in the sender's own softirq: what has not come by then does not come

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.needs import needs
 from hooktools import (
     SLOWNESS,
     TC_ACT_SHOT,
@@ -357,9 +358,7 @@ class TestCgroup:
             for fd in fds:
                 os.close(fd)
 
-    @pytest.mark.skipif(
-        probe.kernel_version() < (6, 16), reason="waits for Linux 6.16, which brought BPF_F_PREORDER for links"
-    )
+    @needs("BPF_F_PREORDER of cgroup links")
     def test_an_ancestors_program_in_front_is_named(self, pins: Path) -> None:
         """BPF_F_PREORDER lets a parent's program run before a child's."""
         hook = AttachType.CGROUP_INET_EGRESS

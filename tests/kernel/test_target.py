@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import needs
 from hooktools import Netns, cgroup, cgroup_root, in_cgroup, inside_netns, open_descriptors, run, tun_device, until
 from netfence.dataplane import cgroups, probe, rtnl
 from netfence.dataplane.target import (
@@ -38,13 +39,13 @@ def packed(text: str) -> bytes:
 
 
 def add_link(kind: str, arguments: str = "") -> None:
-    """Add x0 of a kind; skip when this kernel was built without it (all distribution kernels have them)."""
+    """Add x0 of a kind; skip when this kernel was built without it, fail when it has it (distribution kernels do)."""
     try:
         run(f"ip link add x0 type {kind} {arguments}")
     except AssertionError as error:
         if "Unknown device type" not in str(error) and "not supported" not in str(error):
             raise
-        pytest.skip(f"this kernel was built without {kind}")
+        needs.without_link_kind(kind)
 
 
 def test_veth() -> None:
@@ -99,7 +100,7 @@ def add_link_with(kind: str, arguments: str) -> None:
         except AssertionError as error:
             if "Unknown device type" not in str(error):
                 raise
-            pytest.skip(f"this kernel was built without {kind}")
+            needs.without_link_kind(kind)
     else:
         add_link(kind, arguments)
 
@@ -189,10 +190,7 @@ def test_missing_interface_and_loopback() -> None:
 
 
 def test_a_link_type_that_carries_neither_is_refused() -> None:
-    try:
-        run("ip link add x0 type gre local 10.0.0.1 remote 10.0.0.2")
-    except AssertionError:
-        pytest.skip("this kernel was built without gre")
+    add_link("gre", "local 10.0.0.1 remote 10.0.0.2")
     with pytest.raises(InvalidError, match="link type 778"):
         resolve_interface("x0")
 
@@ -203,7 +201,7 @@ def test_physical_is_what_has_no_kind(machine: Netns) -> None:
         with rtnl.Rtnl() as netlink:
             nics = [link.name for link in rtnl.get_links(netlink) if not link.kind and link.arphrd == ARPHRD_ETHER]
         if not nics:
-            pytest.skip("this machine has no NIC of its own")
+            needs.without_nic()
         target = resolve_interface(nics[0])
     assert target.kind == PHYSICAL
     assert choose_direction(target, None) is Direction.HOST
@@ -250,12 +248,13 @@ class TestCgroup:
                 cgroups.resolve_cgroup(str(tmp_path))
         assert open_descriptors() == before
 
-    def test_version_one_is_refused(self) -> None:
-        mounts = [point for kind, point in probe.mounts().values() if kind == "cgroup"]
-        if not mounts:
-            pytest.skip("no cgroup of version 1 is mounted on this machine")
-        with pytest.raises(InvalidError, match="version 1"):
-            cgroups.resolve_cgroup(mounts[0])
+    def test_version_one_is_refused(self, tmp_path: Path) -> None:
+        run(f"mount -t cgroup -o none,name=nf-test-{os.getpid()} cgroup {tmp_path}")  # a hierarchy without controllers
+        try:
+            with pytest.raises(InvalidError, match="version 1"):
+                cgroups.resolve_cgroup(str(tmp_path))
+        finally:
+            run(f"umount {tmp_path}")
 
     def test_a_cgroup_with_the_daemon_in_it_is_refused(self) -> None:
         code = """

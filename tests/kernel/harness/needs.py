@@ -1,0 +1,114 @@
+"""Skips that are earned (style.md 17): each names what it waits for, and fails where that is there.
+
+@needs("tcx")                        # skipped before Linux 6.6; from 6.6 on the test runs, and fails if tcx is missing
+except ...: without_link_kind("vlan")  # `ip` refused to make one: skipped where the kernel's own evidence says the same
+
+`earned` is what tests/kernel/conftest.py asks of every skip of a run: one without such a reason is a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+import re
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from netfence.dataplane import probe
+
+FIRST_KERNEL = {
+    **probe.FIRST_KERNEL,
+    "BPF_F_PREORDER of cgroup links": "6.16",  # used by tests alone
+}
+
+LINK_KINDS = {
+    "bond": ("BONDING", "bonding"),
+    "dummy": ("DUMMY", "dummy"),
+    "gre": ("NET_IPGRE", "ip_gre"),
+    "ipvlan": ("IPVLAN", "ipvlan"),
+    "macvtap": ("MACVTAP", "macvtap"),
+    "vlan": ("VLAN_8021Q", "8021q"),
+    "vrf": ("NET_VRF", "vrf"),
+    "wireguard": ("WIREGUARD", "wireguard"),
+}
+"""Kinds of links that not every kernel is built with: option of the kernel's configuration, name of the module."""
+
+NO_NIC = "this machine has no NIC: nothing in /sys/class/net has a device"
+_WAITS = re.compile(r"(?P<feature>.+): waits for kernel (?P<first>\d+\.\d+)")
+_BUILT_WITHOUT = re.compile(r"this kernel was built without CONFIG_\w+\b.*")
+
+
+def needs(feature: str) -> pytest.MarkDecorator:
+    """Skip the test on kernels before the feature's first; KeyError for a feature without one."""
+    first = FIRST_KERNEL[feature]
+    return pytest.mark.skipif(probe.kernel_version() < version(first), reason=f"{feature}: waits for kernel {first}")
+
+
+def version(text: str) -> tuple[int, int]:
+    """Read "6.6"."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def without_link_kind(kind: str) -> NoReturn:
+    """Skip because links of that kind cannot be made; fail where the kernel has them, or gives no evidence."""
+    option, module = LINK_KINDS[kind]
+    configuration, modules = _configuration(), _modules()
+    configured = configuration.get(option, "n") if configuration else None
+    if configured == "n" or (configured is None and modules and module not in modules):
+        none = "" if modules else " and has no modules"
+        pytest.skip(f"this kernel was built without CONFIG_{option}{none}")
+    if configured is None and not modules:
+        pytest.fail(f"no {kind} links, and nothing tells why: neither a configuration nor modules of {_release()}")
+    found = f"CONFIG_{option}={configured}" if configured else f"the module {module}"
+    pytest.fail(f"no {kind} links, although this kernel has {found}; are its modules at /lib/modules/{_release()}?")
+
+
+def without_nic() -> NoReturn:
+    """Skip because the machine has no network hardware; fail where sysfs knows better."""
+    found = [each.name for each in Path("/sys/class/net").iterdir() if (each / "device").exists()]
+    if found:
+        pytest.fail(f"no link without a kind, although {', '.join(found)} is hardware")
+    pytest.skip(NO_NIC)
+
+
+def earned(reason: str) -> bool:
+    """Tell whether the reason is one of ours, and true on the running kernel."""
+    if waits := _WAITS.fullmatch(reason):
+        return FIRST_KERNEL.get(waits["feature"]) == waits["first"] and probe.kernel_version() < version(waits["first"])
+    return reason == NO_NIC or _BUILT_WITHOUT.fullmatch(reason) is not None
+
+
+def _release() -> str:
+    return os.uname().release
+
+
+@functools.cache
+def _configuration() -> dict[str, str]:
+    """Read the running kernel's configuration: option → "y", "m", "n" or a value; empty when it is told nowhere."""
+    for path in (
+        Path("/proc/config.gz"),
+        Path(f"/boot/config-{_release()}"),
+        Path(f"/lib/modules/{_release()}/config"),
+    ):
+        if path.exists():
+            data = path.read_bytes()
+            return _parsed((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
+    return {}
+
+
+def _parsed(text: str) -> dict[str, str]:
+    found = dict(re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE))
+    return {**dict.fromkeys(re.findall(r"^# CONFIG_(\w+) is not set$", text, re.MULTILINE), "n"), **found}
+
+
+@functools.cache
+def _modules() -> frozenset[str]:
+    """Name the modules that the running kernel has, in files or built in; empty when there is no such directory."""
+    directory = Path(f"/lib/modules/{_release()}")
+    lists = [directory / "modules.dep", directory / "modules.builtin"]
+    text = "\n".join(each.read_text() for each in lists if each.exists())
+    return frozenset(re.findall(r"([^/\s]+)\.ko(?:\.\w+)?(?=:|\s|$)", text, re.MULTILINE))
