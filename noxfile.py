@@ -7,7 +7,9 @@ Sessions that need root go through sudo where we are not root.
 
 from __future__ import annotations
 
+import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,24 +88,52 @@ def kernel(session: nox.Session) -> None:
 
 @nox.session
 def perf(session: nox.Session) -> None:
-    """Measure with full sizes and write report.html and report.json."""
-    measure(session, "full")
+    """Measure with full sizes, write report.html and report.json; `-- --compare BASE` fails on a regression."""
+    measure(session, "full", "report")
 
 
 @nox.session
 def perf_smoke(session: nox.Session) -> None:
     """Run every benchmark with small sizes: they work, and what they measure is really done. Two minutes at most."""
-    measure(session, "smoke")
+    (ROOT / "build").mkdir(exist_ok=True)
+    measure(session, "smoke", "build/report-smoke")
 
 
-def measure(session: nox.Session, size: str) -> None:
-    """Run tests/perf; NETFENCE_PERF tells the benchmarks which sizes to use."""
-    python(
-        session,
-        *("-m", "pytest", "-p", "no:cacheprovider", "-s", "--timeout=1800", "tests/perf", *session.posargs),
-        root=True,
-        NETFENCE_PERF=size,
-    )
+def measure(session: nox.Session, size: str, out: str) -> None:
+    """Run tests/perf and report to `out`.json and .html; NETFENCE_PERF tells the benchmarks which sizes to use.
+
+    Leaves with status 2 where BASE is unusable, before anything is measured; 1 for a regression or a failed benchmark.
+    """
+    parser = argparse.ArgumentParser(prog="nox -s perf --", allow_abbrev=False)
+    parser.add_argument("--compare", metavar="BASE", help="an older report.json")
+    parser.add_argument("--with", dest="report", help="compare this report.json with BASE, measure nothing")
+    options, selection = parser.parse_known_args(session.posargs)
+    compare = ("--compare", options.compare) if options.compare else ()
+    if options.report:
+        if not compare:
+            parser.error("--with needs --compare")
+        _perf_report(session, "compare", options.compare, options.report)
+        return
+    if compare:
+        _perf_report(session, "check", options.compare, "--size", size)
+    lines = ROOT / "report.jsonl"
+    lines.unlink(missing_ok=True)
+    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-s", "--timeout=1800", "tests/perf", *selection)
+    try:
+        python(session, *pytest, root=True, NETFENCE_PERF=size)
+    finally:  # what was measured is told, whatever failed
+        if lines.exists():
+            _perf_report(session, "write", "--out", out, *compare, "--selection", *selection)
+
+
+def _perf_report(session: nox.Session, *args: str) -> None:
+    """Run perf_report.py; its exit status is nox's where reports are compared, as nox makes 1 of all."""
+    command = [sys.executable, "tests/perf/perf_report.py", *args]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode  # noqa: S603 - ours
+    if status and ("--compare" in args or args[0] != "write"):
+        raise SystemExit(status)
+    if status:
+        session.error("no report")
 
 
 @nox.session

@@ -2,11 +2,12 @@
 
 Machines are shared and noisy, so only ratios taken in one run count (bench.md). `compare` runs A B A B … for a number
 of rounds; `report` says "not significant" where the middle half of the per-round ratios holds 1. Lines go to the
-terminal and to ``report.jsonl``.
+terminal and to ``report.jsonl``; `perfreport` makes report.json and report.html of them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -46,6 +47,12 @@ def ratio(one: Series, base: Series) -> Series:
     return Series("", [value / other for value, other in zip(one.values, base.values, strict=True)])
 
 
+def differs(to_base: Series) -> bool:
+    """Whether ratios are significantly not 1: their middle half does not hold it."""
+    low, high = to_base.spread
+    return not low <= 1 <= high
+
+
 def compare(unit: str, contestants: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, Series]:
     """Run the contestants in turn, `rounds` times each, after one unmeasured round."""
     series = {name: Series(unit) for name in contestants}
@@ -57,23 +64,30 @@ def compare(unit: str, contestants: Mapping[str, Callable[[], float]], rounds: i
     return series
 
 
+def entries(series: Mapping[str, Series], base: str | None) -> dict[str, dict[str, object]]:
+    """Return the series as JSON has them: every round's value, median, quartiles and, with a base, the ratio to it."""
+    out: dict[str, dict[str, object]] = {}
+    for who, values in series.items():
+        out[who] = {**asdict(values), "median": values.median, "quartiles": list(values.spread)}
+        if base is not None and who != base:
+            to_base = ratio(values, series[base])
+            out[who] |= {"ratio": to_base.median, "ratio_quartiles": list(to_base.spread)}
+            out[who]["significant"] = differs(to_base)
+    return out
+
+
 def report(name: str, series: Mapping[str, Series], base: str | None = None, **sizes: object) -> None:
     """Print a line per contestant and append one JSON line; `base` names whom the ratios are to."""
-    line: dict[str, object] = {"name": name, **_where(), **sizes, "series": {}}
+    line = {"name": name, **_where(), "base": base, "sizes": sizes, "series": entries(series, base)}
     told = []
     for who, values in series.items():
         low, high = values.spread
-        entry = {**asdict(values), "median": values.median, "quartiles": [low, high]}
         text = f"{who} {values.median:.4g} {values.unit} ({low:.4g}–{high:.4g})"
         if base is not None and who != base:
             to_base = ratio(values, series[base])
             low, high = to_base.spread
-            entry["ratio"], entry["ratio_quartiles"] = to_base.median, [low, high]
-            entry["significant"] = not low <= 1 <= high
             text += f", {to_base.median:.3f} ({low:.3f}–{high:.3f}) of {base}"
-            text += "" if entry["significant"] else ", not significant"
-        assert isinstance(line["series"], dict)
-        line["series"][who] = entry
+            text += "" if differs(to_base) else ", not significant"
         told.append(text)
     extra = " ".join(f"{key}={value}" for key, value in sizes.items())
     print(f"\n{name} {extra}: " + "; ".join(told))  # noqa: T201 - the report
@@ -81,13 +95,18 @@ def report(name: str, series: Mapping[str, Series], base: str | None = None, **s
         file.write(json.dumps(line) + "\n")
 
 
+@functools.cache
 def _where() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    # As root in a tree of somebody else, git wants to be told that this is meant.
+    git = ["git", "-c", f"safe.directory={REPORT.parent}", "-C", str(REPORT.parent)]
+    head = subprocess.run(
+        [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
+    )
     return {
+        "size": "full" if FULL else "smoke",
         "kernel": platform.release(),
         "cpu": model,
-        "commit": head.stdout.strip(),
-        "rounds": str(ROUNDS),
+        "commit": head.stdout.strip() or "?",
     }
