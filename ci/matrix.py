@@ -39,7 +39,7 @@ def status(runs: Sequence[Run]) -> int:
 
 def summary(runs: Sequence[Run]) -> Table:
     """Make the table kernel × hook."""
-    table = Table(title="kernels × hooks: tests passed, failed ✗, skipped –", title_justify="left", pad_edge=False)
+    table = Table(title="kernels × hooks: tests passed, failed ✗, skipped –", title_justify="left")
     table.add_column("kernel", no_wrap=True)
     for hook in HOOKS:
         table.add_column(hook.replace(" ", "\n"), justify="right")
@@ -61,7 +61,7 @@ def show(console: Console, runs: Sequence[Run]) -> None:
     """Print the summary, then why tests were skipped, what failed, and what was lost."""
     console.print(summary(runs))
     if skipped := skips(runs):
-        table = Table(title="skipped because", title_justify="left", pad_edge=False)
+        table = Table(title="skipped because", title_justify="left")
         table.add_column("reason")
         table.add_column("tests")
         for reason, counts in skipped.items():

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from matrix_results import ELSE, FAILED, FAMILIES, HOOKS, MODES, PASSED, SKIPPED, Run, Test
+from matrix_results import ELSE, FAILED, FAMILIES, HOOKS, MODES, PASSED, SKIPPED, Result, Run
 
 WAITS = re.compile(r".+: waits for kernel (\d+\.\d+)")
 
@@ -21,7 +21,7 @@ class Cell:
     skipped: int = 0
 
     @classmethod
-    def of(cls, tests: Iterable[Test]) -> Cell:
+    def of(cls, tests: Iterable[Result]) -> Cell:
         """Count them."""
         counted = Counter(test.outcome for test in tests)
         return cls(counted[PASSED], counted[FAILED], counted[SKIPPED])
@@ -91,6 +91,6 @@ def claim(run: Run, hook: str) -> str:
     return "not tested"
 
 
-def failures_of(run: Run) -> list[Test]:
+def failures_of(run: Run) -> list[Result]:
     """List a run's failed tests by name."""
     return sorted(run.of(FAILED), key=lambda test: test.name)

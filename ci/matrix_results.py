@@ -36,7 +36,7 @@ LOST = {
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Result:
     """One test on one kernel. `reason`: why it failed or was skipped, in one line."""
 
     name: str
@@ -55,14 +55,14 @@ class Run:
     release: str = "?"
     outcome: str = PASSED
     detail: str = ""
-    tests: tuple[Test, ...] = field(default=(), repr=False)
+    tests: tuple[Result, ...] = field(default=(), repr=False)
 
     @property
     def lost(self) -> bool:
         """Tell whether the machine, not a test, is what failed."""
         return self.outcome in LOST
 
-    def of(self, outcome: str) -> list[Test]:
+    def of(self, outcome: str) -> list[Result]:
         """List the tests with that outcome."""
         return [test for test in self.tests if test.outcome == outcome]
 
@@ -83,7 +83,7 @@ def _read_run(directory: Path, kernel: str) -> Run:
     files = sorted(
         path for path in directory.glob(f"{kernel}*.xml") if re.fullmatch(r"(-\d+)?", path.stem[len(kernel) :])
     )
-    tests: dict[str, Test] = {}
+    tests: dict[str, Result] = {}
     broken = []
     for path in files:
         try:
@@ -120,7 +120,7 @@ def _told(path: Path, kernel: str) -> Run:
         return Run(kernel, outcome="infrastructure", detail=f"{path.name} cannot be read: {error!r}")
 
 
-def _read_junit(path: Path) -> Iterator[Test]:
+def _read_junit(path: Path) -> Iterator[Result]:
     for case in ET.parse(path).iter("testcase"):  # noqa: S314  # our own pytest's
         outcome, reason = PASSED, ""
         for child in case:
@@ -133,7 +133,7 @@ def _read_junit(path: Path) -> Iterator[Test]:
             tuple(filter(None, told.get(name, "").split(", "))) or (ELSE,) for name in ("hook", "mode", "family")
         )
         where = (case.get("classname", "").removeprefix("tests.kernel."), case.get("name", ""))
-        yield Test("::".join(filter(None, where)), outcome, reason, hooks, modes, families)
+        yield Result("::".join(filter(None, where)), outcome, reason, hooks, modes, families)
 
 
 def _first_line(element: ET.Element) -> str:
