@@ -21,6 +21,16 @@ def _sandbox() -> None:
 @pytest.fixture
 def pinned() -> Iterator[int]:
     """Pin this process, and what it starts, to one CPU."""
+    yield from _pin()
+
+
+@pytest.fixture(scope="module")
+def pinned_module() -> Iterator[int]:
+    """Pin this process, and what a module's fixtures start, to one CPU."""
+    yield from _pin()
+
+
+def _pin() -> Iterator[int]:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {CPU})
     yield CPU

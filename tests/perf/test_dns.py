@@ -1,25 +1,106 @@
-"""`dns-*`: the DNS benchmark, `dns_bench.py`, which runs by itself in a namespace of its own."""
+"""`dns-*`: queries/s and latency of our DNS against dnsmasq --nftset and unbound, all on one CPU (dns_bench.py)."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import functools
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from measure import FULL, REPORT
+from dns_bench import KINDS, NAMES, Asker, Fenced, Server, load, nft_elements, peers, write_names
+from harness.topology import Topology
+from measure import CPU, FULL, Series, compare, ratio, report
 
-BENCH = Path(__file__).with_name("dns_bench.py")
+ROUNDS = 7 if FULL else 1
+SECONDS = 0.5 if FULL else 0.1
+QUERIES = {"udp": 4_000, "tcp": 1_000} if FULL else {"udp": 500, "tcp": 100}
+MANY = 100 if FULL else 10
+STATES = {"cached": "warm", "uncached": "cold", "refused": "denied"}
+FAR_OFF = 0.15  # of unbound; the figures are 0.6 to 3
 
 
-@pytest.mark.timeout(900)
-def test_dns(tmp_path: Path) -> None:
-    lines = tmp_path / "dns.jsonl"
-    size = [] if FULL else ["--smoke"]
-    subprocess.run([sys.executable, str(BENCH), *size, "--json", str(lines)], check=True)
-    written = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert written, "the benchmark measured nothing"
-    with REPORT.open("a", encoding="utf-8") as report:
-        report.writelines(json.dumps(line) + "\n" for line in written)
+class Contestants:
+    """Every server, and for ours what was asked of them."""
+
+    def __init__(self, topology: Topology, one: Fenced, many: Fenced, others: dict[str, Server], names: Path) -> None:
+        self.host = topology.host
+        self.ours = {1: one, MANY: many}
+        self._others = others
+        self.names = write_names(names)
+        self.asker = Asker(topology.host)
+
+    def each(self, run: Callable[[str, Server], float], *without: str) -> dict[str, Callable[[], float]]:
+        """Name the contestants, each with its run; of many attachments every round asks another one."""
+        turns = {f"netfence-{count}": itertools.cycle(fenced.servers.values()) for count, fenced in self.ours.items()}
+        turns |= {name: itertools.cycle([server]) for name, server in self._others.items() if name not in without}
+        return {name: functools.partial(lambda name, turn: run(name, next(turn)), name, turns[name]) for name in turns}
+
+    def tell(self, title: str, series: dict[str, Series], **sizes: object) -> None:
+        """Report our daemon with one attachment, and with many, against the same rounds of the others."""
+        for attachments in self.ours:
+            told = {"netfence": series[f"netfence-{attachments}"]}
+            told |= {name: series[name] for name in self._others if name in series}
+            report(title, told, base="netfence", attachments=attachments, cpu_pinned=CPU, names=NAMES, **sizes)
+
+
+@pytest.fixture(scope="module")
+def contestants(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contestants]:
+    directory = tmp_path_factory.mktemp("dns")
+    with (
+        peers(topology.host, directory) as others,
+        Fenced(topology.host, tmp_path_factory.mktemp("one"), 1, 11000) as one,
+        Fenced(topology.host, tmp_path_factory.mktemp("many"), MANY, 12000) as many,
+    ):
+        all_of_them = Contestants(topology, one, many, others, directory)
+        yield all_of_them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pinned_before_anything_starts(pinned_module: int) -> None:
+    """Servers, daemons and clients inherit the CPU."""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+@pytest.mark.parametrize("state", STATES)
+def test_rate(contestants: Contestants, state: str, transport: str) -> None:
+    """Twenty queries in the air, by TCP on one connection; dnsmasq ends one after 100 queries and is left out there."""
+    kind, tcp = STATES[state], transport == "tcp"
+    before = {attachments: fenced.counted() for attachments, fenced in contestants.ours.items()}
+    answered: Counter[str] = Counter()
+
+    def run(name: str, server: Server) -> float:
+        rate, completed = load(contestants.host, server, contestants.names[kind], KINDS[kind], SECONDS, tcp=tcp)
+        answered[name] += completed
+        return rate
+
+    series = compare("queries/s", contestants.each(run, *(["dnsmasq-nftset"] if tcp else [])), ROUNDS)
+    for attachments, fenced in contestants.ours.items():
+        moved = [after - was for was, after in zip(before[attachments], fenced.counted(), strict=True)]
+        assert moved[kind == "denied"] >= answered[f"netfence-{attachments}"]
+    assert tcp or kind == "denied" or nft_elements(contestants.host) == NAMES, "dnsmasq filled no set"
+    contestants.tell(f"dns-{transport}-{state}-rate", series, seconds=SECONDS)
+    assert ratio(series["netfence-1"], series["unbound"]).median > FAR_OFF
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+@pytest.mark.parametrize("state", STATES)
+def test_latency(contestants: Contestants, state: str, transport: str) -> None:
+    """One query in the air, by TCP with a connection each; the client's own part, in Python, is in every figure."""
+    p99s: defaultdict[str, list[float]] = defaultdict(list)
+    ask = contestants.asker.tcp_us if transport == "tcp" else contestants.asker.udp_us
+
+    def run(name: str, server: Server) -> float:
+        times = ask(server, STATES[state], QUERIES[transport])
+        p99s[name].append(times[len(times) * 99 // 100])
+        return times[len(times) // 2]
+
+    series = compare("µs", contestants.each(run), ROUNDS)
+    contestants.tell(f"dns-{transport}-{state}-p50", series, queries=QUERIES[transport])
+    tails = {name: Series("µs", values[-ROUNDS:]) for name, values in p99s.items()}
+    contestants.tell(f"dns-{transport}-{state}-p99", tails, queries=QUERIES[transport])
+    assert ratio(series["netfence-1"], series["unbound"]).median < 1 / FAR_OFF
