@@ -55,7 +55,7 @@ struct config {
     __u16 dns_port_high; /* host order */
     __u16 own_count;
     __u32 flags;
-    __u32 pad;
+    __u32 stamp; /* of frames that nf_xdp let pass, secret; 0: there is no XDP program */
     struct address own[NF_OWN_ADDRESSES];
 };
 

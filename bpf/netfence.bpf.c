@@ -25,6 +25,7 @@
 #define HOOK_TC 1
 #define HOOK_CGROUP 2
 #define HOOK_CONNECT 3
+#define HOOK_XDP 4
 
 static __always_inline int mode_of(__u64 active)
 {
@@ -271,24 +272,55 @@ static __always_inline const struct config *config_of(__u64 slot)
     return bpf_map_lookup_elem(MAP(FD_CONFIG), &key);
 }
 
-/* Parse what the context points at; on an interface, headers outside the linear data are pulled in once. */
-static __always_inline int parse(struct __sk_buff *skb, int hook, const struct config *config, struct packet *packet)
+/* Where the packet lies. `hook` is a constant, so that each entry point keeps the branch of its own context only. */
+static __always_inline struct cursor cursor_of(void *context, int hook)
 {
-    int reason = REASON_UNREADABLE;
-    for (int i = 0; i < 2; i++) {
-        struct cursor cursor = {
-            .data = (void *)(long)skb->data, .end = (void *)(long)skb->data_end, .length = skb->len};
-        int l3 = hook == HOOK_CGROUP || (config->flags & NF_FLAG_L3);
-        int tags = hook == HOOK_TC && skb->vlan_present ? 1 : 0;
-        __builtin_memset(&packet->source_port, 0, sizeof(*packet) - __builtin_offsetof(struct packet, source_port));
-        reason = parse_frame(&cursor, l3, skb->protocol, tags, packet);
-        if (reason != REASON_TRUNCATED || cursor.end - cursor.data >= skb->len)
-            return reason;
-        if (hook != HOOK_TC)
-            return REASON_UNREADABLE; /* no helper there makes it readable */
-        if (i == 0 && bpf_skb_pull_data(skb, skb->len < NF_PULL_BYTES ? skb->len : NF_PULL_BYTES) < 0)
+    struct cursor cursor = {};
+    if (hook == HOOK_XDP) {
+        struct xdp_md *xdp = context;
+        cursor.data = (void *)(long)xdp->data;
+        cursor.end = (void *)(long)xdp->data_end;
+        cursor.length = cursor.end - cursor.data; /* a program without frags is given whole packets only */
+    } else {
+        struct __sk_buff *skb = context;
+        cursor.data = (void *)(long)skb->data;
+        cursor.end = (void *)(long)skb->data_end;
+        cursor.length = skb->len;
+    }
+    return cursor;
+}
+
+/* Parse what is linear: REASON_TRUNCATED where headers, or all there is, end before the packet does. */
+static __always_inline int parse_linear(void *context, int hook, const struct config *config, struct packet *packet)
+{
+    struct __sk_buff *skb = context; /* but under XDP, where there is always an Ethernet header and nothing beside it */
+    struct cursor cursor = cursor_of(context, hook);
+    int l3 = hook == HOOK_CGROUP || (hook == HOOK_TC && (config->flags & NF_FLAG_L3));
+    int tags = hook == HOOK_TC && skb->vlan_present ? 1 : 0;
+    __builtin_memset(&packet->source_port, 0, sizeof(*packet) - __builtin_offsetof(struct packet, source_port));
+    return parse_frame(&cursor, l3, hook == HOOK_XDP ? 0 : skb->protocol, tags, packet);
+}
+
+/* Parse a packet; under TC, headers outside the linear data are pulled in first.
+ *
+ * Which those are is told by a look that costs the verifier little. Parsing again after the pull would double its work,
+ * and a loop around both may be refused before 6.2 ("back-edge", by how clang orders the blocks).
+ */
+static __always_inline int parse(void *context, int hook, const struct config *config, struct packet *packet)
+{
+    struct __sk_buff *skb = context; /* but under XDP */
+    if (hook == HOOK_TC) {
+        struct cursor cursor = cursor_of(context, hook);
+        __u64 linear = cursor.end - cursor.data;
+        if (linear < cursor.length && linear < NF_PULL_BYTES &&
+            linear < headers_end(&cursor, config->flags & NF_FLAG_L3, skb->protocol) &&
+            bpf_skb_pull_data(skb, cursor.length < NF_PULL_BYTES ? cursor.length : NF_PULL_BYTES) < 0)
             return REASON_UNREADABLE;
     }
+    int reason = parse_linear(context, hook, config, packet);
+    if (hook == HOOK_CGROUP && reason == REASON_TRUNCATED &&
+        (void *)(long)skb->data_end - (void *)(long)skb->data < skb->len)
+        return REASON_UNREADABLE; /* no helper there makes it readable */
     return reason;
 }
 
@@ -302,23 +334,61 @@ static __always_inline int is_raw_socket(struct __sk_buff *skb)
     return !sock || sock->type == SOCKET_RAW;
 }
 
-/* Judge one packet; true: it passes. */
-static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
+/* XDP only drops; what it lets pass carries the attachment's stamp (XDP metadata, before the Ethernet header), and what
+ * reaches nf_tc without it is judged there: a sender in another namespace can lead a packet around XDP (skb->redirected
+ * under generic, a queue that is none under native). False: the driver gives no room, so nf_tc judges and counts all.
+ */
+static __always_inline int stamp(struct xdp_md *xdp, const struct config *config)
 {
+    int there = (void *)(long)xdp->data - (void *)(long)xdp->data_meta;
+    if (!config->stamp || bpf_xdp_adjust_meta(xdp, there - (int)sizeof(__u32)) < 0)
+        return 0;
+    __u32 *place = (void *)(long)xdp->data_meta;
+    if ((void *)(place + 1) > (void *)(long)xdp->data)
+        return 0;
+    *place = config->stamp;
+    return 1;
+}
+
+static __always_inline int is_stamped(struct __sk_buff *skb, const struct config *config)
+{
+    __u32 *place = (void *)(long)skb->data_meta;
+    if ((void *)(place + 1) > (void *)(long)skb->data)
+        return 0;
+    return *place == config->stamp;
+}
+
+/* Count what was decided; true: it passes. */
+static __always_inline int settle(void *context, int hook, __u64 slot, const struct config *config, int reason,
+                                  int would)
+{
+    struct __sk_buff *skb = context; /* but under XDP, where a frame is one packet whatever is made of it */
+    __u64 packets = hook != HOOK_XDP && skb->gso_segs ? skb->gso_segs : 1;
+    __u64 bytes = cursor_of(context, hook).length;
+    int pass = reason < FIRST_DROP || would;
+    if (hook == HOOK_XDP && pass && !stamp(context, config))
+        return 1;
+    count(slot, reason, would, packets, bytes);
+    return pass;
+}
+
+/* Judge one packet; true: it passes. */
+static __always_inline int verdict(void *context, int hook, __u64 slot)
+{
+    struct __sk_buff *skb = context; /* but under XDP */
     struct packet packet;
-    __u64 packets = skb->gso_segs ? skb->gso_segs : 1;
     const struct config *config = config_of(slot);
     if (!config)
         return 0;
     /* Every packet in every mode: a SYN may come in fragments, and an entry made in one mode would serve in the next. */
     if (hook == HOOK_TC && (config->flags & (NF_FLAG_REPLIES | NF_FLAG_HOST)) == NF_FLAG_REPLIES)
         skb->tc_index = FENCED_MARK;
-    __u64 active = *(volatile __u64 *)&config->active;
-    if (mode_of(active) == MODE_DISABLED) {
-        count(slot, REASON_DISABLED, 0, packets, skb->len);
+    if (hook == HOOK_TC && config->stamp && is_stamped(skb, config))
         return 1;
-    }
-    int reason = parse(skb, hook, config, &packet);
+    __u64 active = *(volatile __u64 *)&config->active;
+    if (mode_of(active) == MODE_DISABLED)
+        return settle(context, hook, slot, config, REASON_DISABLED, 0);
+    int reason = parse(context, hook, config, &packet);
     if (reason == PARSED) {
         if (hook == HOOK_CGROUP && is_own_dns(&packet, config))
             packet.raw = is_raw_socket(skb);
@@ -330,15 +400,19 @@ static __always_inline int verdict(struct __sk_buff *skb, int hook, __u64 slot)
     if (reason >= FIRST_DROP && hook == HOOK_TC && (config->flags & NF_FLAG_HOST) && config->daemon_cgroup &&
         bpf_skb_cgroup_id(skb) == config->daemon_cgroup)
         reason = REASON_DAEMON;
-    int drop = reason >= FIRST_DROP;
-    int would = drop && (active & NF_ACTIVE_AUDIT) && !(active & NF_ACTIVE_START);
-    count(slot, reason, would, packets, skb->len);
-    return !drop || would;
+    int would = reason >= FIRST_DROP && (active & NF_ACTIVE_AUDIT) && !(active & NF_ACTIVE_START);
+    return settle(context, hook, slot, config, reason, would);
 }
 
 int nf_tc(struct __sk_buff *skb)
 {
     return verdict(skb, HOOK_TC, slot_of_interface(skb->ifindex)) ? TC_PASS : TC_DROP;
+}
+
+/* In front of nf_tc on the same interface: the same verdict, before the kernel makes a packet of the frame. */
+int nf_xdp(struct xdp_md *xdp)
+{
+    return verdict(xdp, HOOK_XDP, slot_of_interface(xdp->ingress_ifindex)) ? XDP_PASS : XDP_DROP;
 }
 
 int nf_cgroup_egress(struct __sk_buff *skb)

@@ -334,6 +334,7 @@ class Attachment:
             policy_version=row.policy_version,
             policy_hash=self.policy_hash,
             acked=row.acked,
+            xdp=row.hook == "xdp",
         )
 
     # -- steps ------------------------------------------------------------------------------------------------------

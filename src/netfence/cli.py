@@ -128,7 +128,7 @@ netfenced attach -i eth0 --direction host
     type=click.Choice(["auto", "tc", "xdp"]),
     default="auto",
     show_default=True,
-    help="Program type for an interface; auto never chooses xdp.",
+    help="Program type for an interface; auto is tc. xdp drops floods earlier but slows what passes: see the README.",
 )
 @click.option(
     "--direction",

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from netfence.api.views import AttachmentInfoView, AttachSpec
+from netfence.api.views import AttachmentInfoView, AttachSpec, HookKind
 from netfence.attachment import Attachment, dns_address, start_policy
 from netfence.config import Config
 from netfence.control.port import ControlPort, UnsubscribeReason
@@ -39,7 +39,7 @@ from netfence.dns.server import DnsServer
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
-from netfence.errors import ExistsError, InvalidError, NotFoundError, PreconditionError
+from netfence.errors import ExistsError, InvalidError, NotFoundError
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.modes import Mode
@@ -285,6 +285,7 @@ class Lifecycle:
         return Static(
             dns_address=live.endpoint.packed,
             dns_port=live.endpoint.port,
+            xdp=live.row.hook == "xdp",
             l3=interface is not None and interface.layer is LinkLayer.L3,
             cgroup=interface is None,
             host_direction=host,
@@ -378,7 +379,7 @@ class Lifecycle:
         return AttachmentInfoView(
             id=row.id,
             target=row.name,
-            hook="cgroup" if row.kind == "cgroup" else "tc",
+            hook=_hook(row),
             direction="host" if live.direction is Direction.HOST else "workload",
             attach_mechanism=row.mechanism,
             mode=attachment.policy.mode,
@@ -432,12 +433,16 @@ def _resolve(spec: AttachSpec) -> Target:
 
 def _direction(target: Target, spec: AttachSpec) -> Direction | None:
     """Choose the direction; None for a cgroup. Raises PreconditionError."""
-    if spec.hook == "xdp":
-        raise PreconditionError(f"attach to {_name(target)} by xdp: not in this version of netfence; use --hook tc")
     if isinstance(target, CgroupTarget):
         return None
     wish = {"auto": None, "workload": Direction.WORKLOAD, "host": Direction.HOST}[spec.direction]
-    return choose_direction(target, wish, Hook.TC)
+    return choose_direction(target, wish, Hook.XDP if spec.hook == "xdp" else Hook.TC)
+
+
+def _hook(row: Row) -> HookKind:
+    if row.kind == "cgroup":
+        return "cgroup"
+    return "xdp" if row.hook == "xdp" else "tc"
 
 
 def _row(
@@ -452,7 +457,7 @@ def _row(
         identity=str(identity),
         link_kind=target.kind if isinstance(target, InterfaceTarget) else "",
         direction="host" if direction is Direction.HOST else "workload",
-        hook="tc" if kind == "interface" else "cgroup",
+        hook="cgroup" if kind == "cgroup" else "xdp" if spec.hook == "xdp" else "tc",
         mechanism="",
         dns_host="",
         dns_port=0,

@@ -81,7 +81,7 @@ def refuses_to_start(daemon: Fenced, **changes: Any) -> str:
         (["-i", "veth0", "--metadata", "novalue"], 2, "not of the form key=value"),
         (["-i", "veth0", "--metadata", "k=1,k=2"], 2, "'k' is given twice"),
         (["-i", "veth0", "--metadata", f"k={'x' * 5000}"], 2, "bytes"),
-        (["-i", "veth0", "--hook", "xdp"], 1, "attach to veth0 by xdp: not in this version of netfence; use --hook tc"),
+        (["-i", "veth0", "--hook", "xdp", "--direction", "host"], 1, "XDP sees only what comes in"),
         (["-i", "up0", "--direction", "sideways"], 2, "sideways"),
     ],
     ids=[

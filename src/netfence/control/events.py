@@ -75,11 +75,15 @@ def _text(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def _type(view: AttachmentView) -> types_pb2.AttachmentType:
+    return types_pb2.ATTACHMENT_TYPE_XDP if view.xdp else TYPES[view.kind]
+
+
 def _attachment(view: AttachmentView) -> control_pb2.Attachment:
     return control_pb2.Attachment(
         id=view.id,
         target=_text(view.target),
-        type=TYPES[view.kind],
+        type=_type(view),
         mode=view.mode,  # type: ignore[arg-type]
         dns_mode=view.dns_mode,  # type: ignore[arg-type]
         metadata=view.metadata,
@@ -93,7 +97,7 @@ def _subscribed(view: AttachmentView) -> control_pb2.Subscribed:
     return control_pb2.Subscribed(
         id=view.id,
         target=_text(view.target),
-        type=TYPES[view.kind],
+        type=_type(view),
         mode=view.mode,  # type: ignore[arg-type]
         dns_mode=view.dns_mode,  # type: ignore[arg-type]
         dns_address=view.dns_address,

@@ -35,9 +35,10 @@ class UnsubscribeReason(enum.IntEnum):
 class AttachmentView:
     """What a control plane may know of an attachment; a snapshot, not a live object.
 
-    `target` is the interface name or the cgroup path, `kind` is ``interface`` or ``cgroup``, `dns_address` is
-    ``host:port``. `mode`, `dns_mode` and `policy_hash` are those of the policy in force, `policy_version` that of the
-    last command. Not `acked`: it was attached without waiting and no control plane has given it a policy yet.
+    `target` is the interface name or the cgroup path, `kind` is ``interface`` or ``cgroup``, `xdp`: attached with hook
+    XDP; `dns_address` is ``host:port``. `mode`, `dns_mode` and `policy_hash` are those of the policy in force,
+    `policy_version` that of the last command. Not `acked`: it was attached without waiting, and no control plane has
+    given it a policy yet.
     """
 
     id: str
@@ -50,6 +51,7 @@ class AttachmentView:
     policy_version: str = ""
     policy_hash: str = ""
     acked: bool = True
+    xdp: bool = False
 
 
 @dataclass(frozen=True, slots=True)

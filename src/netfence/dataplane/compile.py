@@ -22,12 +22,13 @@ from netfence.dataplane.layout import Layout
 from netfence.dataplane.links import obj_get, obj_pin
 from netfence.dataplane.maps import BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, Map, MapSpec, MapType
 
-SCHED_CLS, CGROUP_SKB, CGROUP_SOCK_ADDR = 3, 8, 18
+SCHED_CLS, XDP, CGROUP_SKB, CGROUP_SOCK_ADDR = 3, 6, 8, 18
 """`enum bpf_prog_type`."""
 
 PROGRAMS: dict[str, tuple[int, int]] = {
     "nf_tc": (SCHED_CLS, 0),
     "nf_tc_inbound": (SCHED_CLS, 0),
+    "nf_xdp": (XDP, 37),
     "nf_clock": (SCHED_CLS, 0),
     "nf_cgroup_egress": (CGROUP_SKB, 1),
     "nf_cgroup_inbound": (CGROUP_SKB, 0),

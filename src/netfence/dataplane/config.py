@@ -6,7 +6,9 @@ never a mixture; everything else changes with an attach only, or (own addresses)
 
 from __future__ import annotations
 
+import secrets
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +30,7 @@ class Static:
     dns_port: int
     l3: bool = False  # no Ethernet header
     cgroup: bool = False
+    xdp: bool = False  # nf_xdp stands in front of nf_tc
     host_direction: bool = False
     daemon_cgroup: int = 0  # id; with host_direction
     allow_dhcp: bool = True
@@ -60,6 +63,7 @@ class ConfigMap:
             raise ValueError(message)
         self._active = fields["active"].offset // 8
         self._own = fields["own"].offset
+        self._stamp = slice(fields["stamp"].offset, fields["stamp"].offset + 4)
         self._own_count = fields["own_count"].offset
         self._static = layout.packer(
             "config",
@@ -73,6 +77,7 @@ class ConfigMap:
             "dns_port_high",
             "own_count",
             "flags",
+            "stamp",
             "own",
         )
         self._static_from = fields["established_idle"].offset
@@ -99,6 +104,10 @@ class ConfigMap:
             | bit["FLAG_REPLIES_ANY"] * (static.replies == "any")
         )
         own = self._own_bytes(static.own_addresses)
+        at = slot * self._stride
+        stamp = int.from_bytes(
+            self._memory[at:][self._stamp], sys.byteorder
+        )  # kept: frames that carry it are under way
         packed = self._static.pack(
             self._clock.span(static.established_idle_s),
             self._clock.span(static.established_max_s),
@@ -109,9 +118,9 @@ class ConfigMap:
             *static.dns_ports,
             len(own) // 16,
             flags,
+            (stamp or secrets.randbits(31) + 1) if static.xdp else 0,
             own,
         )
-        at = slot * self._stride
         self._memory[at + self._static_from : at + self._size] = packed[self._static_from :]
 
     def write_own(self, slot: int, addresses: Sequence[bytes]) -> None:

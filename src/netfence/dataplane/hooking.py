@@ -1,6 +1,9 @@
 """Which programs go onto which hooks of a target, in which order, under which pins.
 
 Owns the choice between tcx and clsact and the names under ``links/``. Everything here blocks (tcx waits for RCU).
+
+XDP never stands alone: it drops early, and the TC filter behind it judges whatever came around it (decision 0013).
+So TC goes on first and comes off last, and an XDP program that somebody takes away opens nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +12,13 @@ import contextlib
 import os
 from pathlib import Path
 
-from netfence.dataplane import links
+from netfence.dataplane import links, probe
 from netfence.dataplane.cgroups import CgroupTarget
-from netfence.dataplane.hooks import cgroup, clsact, tcx
+from netfence.dataplane.hooks import cgroup, clsact, tcx, xdp
 from netfence.dataplane.loader import Loaded
 from netfence.dataplane.target import Direction, InterfaceTarget, side_of
 
-MAIN, INBOUND, QDISC = "main", "inbound", "qdisc"
+MAIN, INBOUND, QDISC, XDP = "main", "inbound", "qdisc", "xdp"
 CGROUP_PROGRAMS = {
     "connect4": "nf_connect4",
     "connect6": "nf_connect6",
@@ -34,8 +37,29 @@ class Hooks:
     def __init__(self, loaded: Loaded, directory: Path, *, tcx: bool) -> None:
         self._programs, self._directory, self._tcx = loaded.programs, directory, tcx
 
-    def attach_interface(self, target: InterfaceTarget, direction: Direction, name: str) -> str:
-        """Put the filter onto the side where the workload's packets pass; return the mechanism."""
+    def attach_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> str:
+        """Put the filter onto the side where the workload's packets pass; return the mechanism.
+
+        `with_xdp`: XDP in front of it, in direction WORKLOAD only.
+        """
+        if with_xdp:
+            probe.require_feature("xdp_link", f"attach xdp on {target.name}")
+        mechanism = self._attach_tc(target, direction, name)
+        return self._attach_xdp(target, name) if with_xdp else mechanism
+
+    def put_back_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> bool:
+        """Attach what is not in force on this very device; False when something was not."""
+        whole = True
+        if not self._tc_attached(target, direction, name):
+            self._attach_tc(target, direction, name)
+            whole = False
+        if with_xdp and not xdp.attached(self._pin(name, XDP), target.ifindex):
+            xdp.detach(self._pin(name, XDP))  # what is left of a link that somebody took off
+            self._attach_xdp(target, name)
+            whole = False
+        return whole
+
+    def _attach_tc(self, target: InterfaceTarget, direction: Direction, name: str) -> str:
         side = side_of(direction)
         if self._tcx:
             tcx.attach(self._programs["nf_tc"], target.ifindex, target.name, side, self._pin(name, MAIN))
@@ -44,15 +68,18 @@ class Hooks:
         self._mark(name)
         return clsact.MECHANISM
 
-    def interface_attached(self, target: InterfaceTarget, direction: Direction, name: str) -> bool:
-        """Tell whether our filter is in force on this very device."""
+    def _attach_xdp(self, target: InterfaceTarget, name: str) -> str:
+        return xdp.attach(self._programs["nf_xdp"], target.ifindex, target.name, self._pin(name, XDP))
+
+    def _tc_attached(self, target: InterfaceTarget, direction: Direction, name: str) -> bool:
         side = side_of(direction)
         if self._tcx:
             return tcx.attached(self._pin(name, MAIN), target.ifindex, side)
         return clsact.attached(target.ifindex, side) is not None
 
     def detach_interface(self, target: InterfaceTarget, name: str) -> None:
-        """Take both programs off; idempotent."""
+        """Take all programs off; idempotent."""
+        xdp.detach(self._pin(name, XDP))
         if self._tcx:
             for hook in (MAIN, INBOUND):
                 tcx.detach(self._pin(name, hook))

@@ -110,6 +110,11 @@ def link_create_tcx(prog_fd: int, ifindex: int, attach_type: AttachType, *, befo
     return sysbpf.call(Cmd.LINK_CREATE, _attr("IIIIIIQ", prog_fd, ifindex, attach_type, flags, 0, 0, 0))
 
 
+def link_create_xdp(prog_fd: int, ifindex: int, flags: int) -> int:
+    """Attach to a device's XDP hook (kernel >= 5.9); `flags`: XDP_FLAGS_SKB_MODE or XDP_FLAGS_DRV_MODE."""
+    return sysbpf.call(Cmd.LINK_CREATE, _attr("IIII", prog_fd, ifindex, AttachType.XDP, flags))
+
+
 def link_create_cgroup(prog_fd: int, cgroup_fd: int, attach_type: AttachType) -> int:
     """Attach to a cgroup beside all others (kernel >= 5.7); links always mean BPF_F_ALLOW_MULTI."""
     return sysbpf.call(Cmd.LINK_CREATE, _attr("IIIIQ", prog_fd, cgroup_fd, attach_type, 0, 0))
@@ -156,7 +161,7 @@ def _info(fd: int) -> bytes:
 
 
 def link_info(link_fd: int) -> LinkInfo:
-    """Read a link's facts (cgroup >= 5.8, tcx >= 6.6); raises EINVAL below."""
+    """Read a link's facts (cgroup >= 5.8, xdp >= 5.9, tcx >= 6.6); raises EINVAL below."""
     info = _info(link_fd)
     kind, link_id, prog_id = struct.unpack_from("=III", info)
     layout = "=QI" if kind == LinkType.CGROUP else "=II"

@@ -89,6 +89,7 @@ class DataPlane:
         self.features: Mapping[str, str] = probe.features(bpffs_dir)
         self.kernel_release = os.uname().release
         self._dirty: set[int] = set()
+        self._xdp: set[int] = set()  # slots whose interface has XDP too
         for slot in range(1, layout.constants["SLOTS"]):
             # Before any index is made ready: what a daemon before us put in force must not be emptied.
             self._rules.claim(SlotWord.decode(self.config.word(slot), layout).index)
@@ -173,7 +174,9 @@ class DataPlane:
             else:
                 self._set_interface(target.ifindex, slot)
                 side = direction or Direction.WORKLOAD
-                mechanism = await self._run(lambda: self._hooks.attach_interface(target, side, name))
+                mechanism = await self._run(
+                    lambda: self._hooks.attach_interface(target, side, name, with_xdp=static.xdp)
+                )
         except BaseException:
             await self._undo(slot, target, name)
             raise
@@ -200,10 +203,8 @@ class DataPlane:
             await self._run(lambda: self._attach_cgroup(slot, target, name))
             return whole
         side = direction or Direction.WORKLOAD
-        whole = await self._run(lambda: self._hooks.interface_attached(target, side, name))
-        if not whole:
-            await self._run(lambda: self._hooks.attach_interface(target, side, name))
-        return whole
+        with_xdp = slot in self._xdp
+        return await self._run(lambda: self._hooks.put_back_interface(target, side, name, with_xdp=with_xdp))
 
     async def detach(self, slot: int, target: Target, name: str) -> None:
         """Take the hooks off and clear all of the slot's map entries; idempotent, also where the target is gone."""
@@ -353,6 +354,7 @@ class DataPlane:
         if word:
             self._write_word(slot, self._slots[slot])
         self.config.write(slot, static)
+        (self._xdp.add if static.xdp else self._xdp.discard)(slot)
         self._longest[slot] = (static.established_idle_s, static.established_max_s)
         key = self._endpoint.pack(kernel_address(static.dns_address), network_port(static.dns_port))
         self._loaded.maps["dns_endpoints"].update(key, _word(slot))
@@ -370,6 +372,7 @@ class DataPlane:
         self._inbound.sweep(0, 0, 0, slot=slot)
         self._counters.clear(slot)
         self.config.clear(slot)
+        self._xdp.discard(slot)
         self._longest.pop(slot, None)
         self._dirty.discard(slot)
 

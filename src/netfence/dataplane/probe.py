@@ -26,6 +26,7 @@ from netfence.errors import PermissionDeniedError, PreconditionError
 
 _LOOPBACK_IFINDEX = 1
 _NO_FD = 0xFFFFFFFF
+_XDP_PASS, _XDP_FLAGS_HW_MODE = 2, 1 << 3
 _CLOCK_MONOTONIC_COARSE = 6  # include/uapi/linux/time.h; the time module does not name it
 
 # enum bpf_map_type
@@ -47,6 +48,7 @@ CAPABILITIES = {
 FIRST_KERNEL = {
     "tcx": "6.6",
     "cgroup_link": "5.7",
+    "xdp_link": "5.9",
     "ringbuf": "5.8",
     "mmapable_array": "5.5",
     "jiffies64": "5.6",
@@ -140,6 +142,18 @@ def _try_cgroup_link() -> None:
         os.close(prog_fd)
 
 
+def _try_xdp_link() -> None:
+    """Create a link in a mode that no loopback has: a kernel that knows XDP links says EOPNOTSUPP, others EINVAL."""
+    prog_fd = rawprog.load_raw(ProgType.XDP, rawprog.returning(_XDP_PASS), expected_attach_type=AttachType.XDP)
+    try:
+        os.close(links.link_create_xdp(prog_fd, _LOOPBACK_IFINDEX, _XDP_FLAGS_HW_MODE))
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    finally:
+        os.close(prog_fd)
+
+
 def _try_helper(helper: Helper) -> None:
     os.close(rawprog.load_raw(ProgType.SCHED_CLS, rawprog.calling(helper)))
 
@@ -147,6 +161,7 @@ def _try_helper(helper: Helper) -> None:
 _PROBES: dict[str, Callable[[], None]] = {
     "tcx": _try_tcx,
     "cgroup_link": _try_cgroup_link,
+    "xdp_link": _try_xdp_link,
     "ringbuf": lambda: _try_map(_RINGBUF, 0, 0, resource.getpagesize()),
     "mmapable_array": lambda: _try_map(_ARRAY, 4, 8, 1, _F_MMAPABLE),
     "jiffies64": lambda: _try_helper(Helper.JIFFIES64),

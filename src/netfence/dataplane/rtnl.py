@@ -38,7 +38,8 @@ RTM_NEWROUTE, RTM_GETROUTE = 24, 26
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 
-_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_ALT_IFNAME = 3, 10, 18, 29, 53
+_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_XDP, _IFLA_ALT_IFNAME = 3, 10, 18, 29, 43, 53
+_XDP_DRV_PROG_ID, _XDP_SKB_PROG_ID, _XDP_HW_PROG_ID = 5, 6, 7
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND = 1, 2, 4
 _EXT_SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -234,6 +235,15 @@ def get_link(rtnl: Rtnl, which: str | int) -> LinkRecord:
         payload += attribute(_IFLA_IFNAME if len(name) <= _IFNAME_MAX else _IFLA_ALT_IFNAME, name + b"\0")
     (message, *_) = rtnl.request(RTM_GETLINK, _IFINFO.pack(0, 0, index, 0, 0) + payload)
     return parse_link(message.payload)
+
+
+def get_xdp_programs(rtnl: Rtnl, ifindex: int) -> list[int]:
+    """Read the ids of an interface's XDP programs: the driver's, the stack's, the NIC's; raises NetlinkError ENODEV."""
+    payload = attribute(_IFLA_EXT_MASK, struct.pack("=I", _EXT_SKIP_STATS))
+    (message, *_) = rtnl.request(RTM_GETLINK, _IFINFO.pack(0, 0, ifindex, 0, 0) + payload)
+    found = attributes(attributes(message.payload[_IFINFO.size :]).get(_IFLA_XDP, b""))
+    modes = (_XDP_DRV_PROG_ID, _XDP_SKB_PROG_ID, _XDP_HW_PROG_ID)
+    return [int(struct.unpack("=I", found[mode])[0]) for mode in modes if mode in found]
 
 
 def get_links(rtnl: Rtnl) -> list[LinkRecord]:

@@ -99,27 +99,42 @@ _LINK_TYPE = {
 }
 # Before 5.14 these hand the *outer* IP header to an ingress hook, so only what they send can be judged.
 _EGRESS_ONLY = frozenset({ARPHRD_TUNNEL, ARPHRD_TUNNEL6, ARPHRD_SIT})
+# XDP sees there what TC ingress sees, an Ethernet header included; others have another idea of their frames, or of whom
+# they belong to (a bond runs the program in its members, with their index), or no native XDP, for which alone it pays.
+_XDP_KINDS = frozenset({"veth", "tap", PHYSICAL})
 _SLAVE_KINDS = frozenset({"bond", "team"})
 
 
 def choose_direction(target: InterfaceTarget, requested: Direction | None, hook: Hook = Hook.AUTO) -> Direction:
     """Decide the direction (pure); `requested` None is `auto`.
 
-    Raises PreconditionError, naming `--direction`, where the kind cannot tell; also for XDP on what leaves the host.
+    Raises PreconditionError, naming `--direction`, where the kind cannot tell; also where XDP cannot be what TC is.
     """
     direction = requested or _direction_by_kind(target)
     what = f"attach to {target.name}"
-    if hook is Hook.XDP and direction is Direction.HOST:
-        raise PreconditionError(
-            f"{what}: XDP exists only on ingress and cannot judge what leaves by a {target.kind} interface; "
-            "use --hook tc, or --direction workload if the workload is behind it"
-        )
+    if hook is Hook.XDP:
+        _require_xdp(target, direction, what)
     if direction is Direction.WORKLOAD and target.arphrd in _EGRESS_ONLY:
         raise PreconditionError(
             f"{what}: what arrives through a {target.kind} tunnel cannot be judged reliably; use --direction host, "
             "or attach to the interface behind the tunnel"
         )
     return direction
+
+
+def _require_xdp(target: InterfaceTarget, direction: Direction, what: str) -> None:
+    if direction is Direction.HOST:
+        raise PreconditionError(
+            f"{what}: XDP exists only on ingress and cannot judge what leaves by a {target.kind} interface; "
+            "use --hook tc, or --direction workload if the workload is behind it"
+        )
+    if target.is_bond_member:
+        raise PreconditionError(f"{what}: a member of a bond takes no XDP program; use --hook tc")
+    if target.kind not in _XDP_KINDS or target.layer is not LinkLayer.L2:
+        kind = f"{target.kind} interface" + ("" if target.layer is LinkLayer.L2 else " (without Ethernet header)")
+        raise PreconditionError(
+            f"{what}: XDP cannot judge a {kind} as TC does; use --hook tc (XDP is for veth, tap and the host's NICs)"
+        )
 
 
 def _direction_by_kind(target: InterfaceTarget) -> Direction:
