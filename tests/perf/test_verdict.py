@@ -44,13 +44,14 @@ def test_rules(bench: Bench, family: int, rules: int) -> None:
     bench.load(policy(rules, family))
     bench.open_leases(family)
     for name, hook in HOOKS.items():
+        bench.use(name)
         contestants: dict[str, Callable[[], float]] = {}
         before = {reason: bench.counted(reason) for reason, _ in STATES.values()}
         for state, (reason, first) in STATES.items():
             number = first or rules // 2
             packet = frame(number, family)
             assert bench.verdict(name, packet) == (hook.passes if reason < FIRST_DROP else hook.drops)
-            contestants[f"{state}-hot"] = bench.hot(name, packet)
+            contestants[f"{state}-hot"] = bench.hot(name, packet, number)
             contestants[f"{state}-random"] = bench.random(name, packet, first, ROW if first else rules)
         other = frame(0, family)
         contestants["hot"], contestants["random"] = bench.hot_empty(name, other), bench.random_empty(name, other)
@@ -78,9 +79,10 @@ def test_attachments(bench: Bench, attachments: int) -> None:
     reason, _ = STATES["allow-hit"]
     packet = frame(0, 4)
     for name in HOOKS:
+        bench.use(name)
         before = bench.counted(reason, attachments)
         contestants = {
-            "hot": bench.hot(name, packet),
+            "hot": bench.hot(name, packet, 0),
             "random": bench.random(name, packet, 0, RULES_EACH, attachments),
             "empty hot": bench.hot_empty(name, packet),
             "empty random": bench.random_empty(name, packet),
