@@ -14,13 +14,15 @@ END = "<!-- end of hooks × kernels -->"
 
 def table(runs: Sequence[Run]) -> str:
     """Write the Markdown table: a row for each hook, a column for each kernel; then the releases that were run."""
+    if not runs:
+        return "No results yet."
     lines = [
         "| hook | " + " | ".join(run.kernel for run in runs) + " |",
         "|---|" + "---|" * len(runs),
         *("| " + " | ".join([hook, *(claim(run, hook) for run in runs)]) + " |" for hook in HOOKS),
     ]
     releases = ", ".join(run.release for run in runs)
-    return "\n".join([*lines, "", f"Tested kernels: {releases}." if runs else "No kernel was tested."])
+    return "\n".join([*lines, "", f"Tested kernels: {releases}."])
 
 
 def with_table(readme: str, runs: Sequence[Run]) -> str:

@@ -122,6 +122,7 @@ def test_the_readmes_table() -> None:
     assert "\n| tcx | not in this kernel (6.6) | tested |\n| clsact | tested | not tested |\n" in written
     assert written.endswith(f"Tested kernels: 5.10.0-36-amd64, 6.12.57+deb13-amd64.\n{matrix_readme.END}\nafter\n")
     assert matrix_readme.with_table(written, [OLD, GOOD]) == written
+    assert matrix_readme.with_table(written, []) == README.replace("old", "No results yet.")
 
 
 def test_the_readme_is_compared_with_the_results_at_hand() -> None:

@@ -31,6 +31,16 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return be
 
 
+def without(kind: str) -> tuple[str, str]:
+    """Run it; a skip that got through here would make the test skipped, not failed."""
+    try:
+        needs.without_link_kind(kind)
+    except pytest.skip.Exception as skipped:
+        return "skipped", str(skipped)
+    except pytest.fail.Exception as failed:
+        return "failed", str(failed)
+
+
 @pytest.mark.parametrize(
     ("running", "skipped"), [((5, 10), True), ((6, 5), True), ((6, 6), False), ((6, 18), False), ((7, 3), False)]
 )
@@ -70,9 +80,7 @@ def test_a_link_kind_that_the_kernel_lacks(
     kernel: Kernel, configuration: dict[str, str], modules: tuple[str, ...], reason: str
 ) -> None:
     kernel(configuration=configuration, modules=modules)
-    with pytest.raises(pytest.skip.Exception) as caught:
-        needs.without_link_kind("dummy")
-    assert str(caught.value) == reason
+    assert without("dummy") == ("skipped", reason)
     assert needs.earned(reason)
 
 
@@ -90,8 +98,9 @@ def test_a_link_kind_that_the_kernel_has_or_may_have_fails(
     kernel: Kernel, configuration: dict[str, str], modules: tuple[str, ...], said: str
 ) -> None:
     kernel(configuration=configuration, modules=modules)
-    with pytest.raises(pytest.fail.Exception, match=said):
-        needs.without_link_kind("dummy")
+    outcome, reason = without("dummy")
+    assert outcome == "failed"
+    assert said in reason
 
 
 def test_configurations_and_lists_of_modules_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
