@@ -2,7 +2,7 @@
 
 Owns a private apt (own lists, own empty status, nothing is ever installed) whose one source is a mirror that this
 machine's apt is configured with, keys and options included, asked for another suite. apt checks signatures; we check
-each file against the signed SHA256 once more. Knows nothing of kernels: `kernels.py` does.
+each file against the signed SHA256 once more. Knows nothing of kernels: `kernelcache.py` does.
 
 Everything that fails here is infrastructure, `InfrastructureError`.
 """
@@ -16,53 +16,19 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aptsources import Source, stanzas
 from infrastructure import InfrastructureError
 
-APT_CONFIGURATION = Path("/etc/apt")
 ARCHITECTURE = "amd64"
 _TIMEOUT_S = 30  # of a connection to the mirror; apt tries `_RETRIES` times more
 _RETRIES = 2
 _SAID_LINES = 4  # of a failed command's output, in our message
 
-# Names of Debian's own suites: other vendors use them too, so a source must also look like an archive of Debian.
-_SUITE = re.compile(
-    r"(buster|bullseye|bookworm|trixie|forky|duke|sid|stable|oldstable|oldoldstable|testing|unstable)"
-    r"(-updates|-backports|-proposed-updates|-security|/updates)?"
-)
-# Fields of a source that we set ourselves; all others (Signed-By, Trusted, Check-Valid-Until …) are kept as they are.
-_OURS = frozenset({"types", "uris", "suites", "components", "enabled", "architectures"})
-_ONE_LINE = re.compile(r"deb\s+(?:\[(?P<options>[^\]]*)\]\s*)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<components>.+)")
-
 Progress = Callable[[float], None]  # told the fraction done, 0…1
-
-
-@dataclass(frozen=True)
-class Source:
-    """An entry of the machine's sources; `options` are its other fields as (deb822 name, value)."""
-
-    uris: tuple[str, ...]
-    suites: tuple[str, ...]
-    components: tuple[str, ...]
-    options: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def is_debian(self) -> bool:
-        """Tell whether this can be an archive of Debian itself."""
-        return "main" in self.components and any(_SUITE.fullmatch(suite) for suite in self.suites)
-
-    @property
-    def is_security(self) -> bool:
-        """Tell whether it is the archive of the security suites, which is a mirror of its own."""
-        return any(suite.endswith(("-security", "/updates")) for suite in self.suites)
-
-    def rendered(self, suite: str) -> str:
-        """Write it as a deb822 stanza that asks for `suite` instead."""
-        own = f"Types: deb\nURIs: {' '.join(self.uris)}\nSuites: {suite}\nComponents: main\n"
-        return own + "".join(f"{name}: {value}\n" for name, value in self.options)
 
 
 @dataclass(frozen=True)
@@ -74,84 +40,6 @@ class Package:
     size: int
     sha256: str
     depends: tuple[str, ...]
-
-
-def stanzas(text: str) -> Iterator[dict[str, str]]:
-    """Split deb822 text into its stanzas: field name → value; continuation lines are kept, comments are not."""
-    fields: dict[str, str] = {}
-    name = ""
-    for line in [*text.splitlines(), ""]:
-        if line.startswith("#"):
-            continue
-        if not line.strip():
-            if fields:
-                yield fields
-            fields, name = {}, ""
-        elif line[0] in " \t" and name:
-            fields[name] += "\n" + line
-        else:
-            name, _, value = line.partition(":")
-            fields[name] = value.strip()
-
-
-def parse_deb822(text: str) -> list[Source]:
-    """Read a *.sources file; disabled entries and sources of source code are left out."""
-    found = []
-    for stanza in stanzas(text):
-        low = {name.lower(): value for name, value in stanza.items()}
-        if "deb" not in low.get("types", "").split() or low.get("enabled", "yes").lower() in ("no", "false", "0"):
-            continue
-        uris, suites, components = (tuple(low.get(name, "").split()) for name in ("uris", "suites", "components"))
-        options = tuple((name, value) for name, value in stanza.items() if name.lower() not in _OURS)
-        found.append(Source(uris, suites, components, options))
-    return found
-
-
-def parse_one_line(text: str) -> list[Source]:
-    """Read a *.list file: `deb [option=value …] uri suite component…` (sources.list(5))."""
-    found = []
-    for line in text.splitlines():
-        entry = _ONE_LINE.fullmatch(line.partition("#")[0].strip())
-        if entry is None:
-            continue
-        pairs = [option.partition("=") for option in (entry["options"] or "").split()]
-        # deb822 fields have the same names but for these three, which a kernel does not need.
-        options = tuple(
-            (name.title(), value.replace(",", " "))
-            for name, _, value in pairs
-            if name not in ("arch", "lang", "target")
-        )
-        found.append(Source((entry["uri"],), (entry["suite"],), tuple(entry["components"].split()), options))
-    return found
-
-
-def configured(root: Path = APT_CONFIGURATION) -> list[Source]:
-    """Read all sources of the machine, in apt's order."""
-    files = [root / "sources.list", *sorted((root / "sources.list.d").glob("*"))]
-    parsers = {".list": parse_one_line, ".sources": parse_deb822}
-    return [
-        source
-        for file in files
-        if file.suffix in parsers and file.is_file()
-        for source in parsers[file.suffix](file.read_text(encoding="utf-8", errors="surrogateescape"))
-    ]
-
-
-def mirror_for(suite: str, sources: list[Source]) -> Source:
-    """Choose the machine's mirror that should have `suite`; raises InfrastructureError when there is none.
-
-    An archive that also has an `-updates` suite goes first: other vendors have suites called bookworm, but not those.
-    """
-    security = suite.endswith("-security")
-    fit = [source for source in sources if source.is_debian and source.is_security == security]
-    updated = {uri for source in fit for uri in source.uris if any(name.endswith("-updates") for name in source.suites)}
-    for source in sorted(fit, key=lambda source: updated.isdisjoint(source.uris)):
-        return source
-    archive = "security archive" if security else "archive"
-    raise InfrastructureError(
-        f"find a mirror for {suite}: no source in {APT_CONFIGURATION} is Debian's {archive}; "
-        f"add one (any release will do) to {APT_CONFIGURATION}/sources.list.d, signed by debian-archive-keyring"
-    )
 
 
 def run(*command: str, cwd: Path | None = None, stdin: str | None = None) -> str:
@@ -170,10 +58,15 @@ def run(*command: str, cwd: Path | None = None, stdin: str | None = None) -> str
 def failure(command: tuple[str, ...], status: int, said: str) -> InfrastructureError:
     """Make the error of a failed command out of the last lines it said."""
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("dlstatus:")]
-    advice = "free some space" if "No space left" in said else "check the network and the sources in /etc/apt"
-    return InfrastructureError(
-        f"run {shlex.join(command[:6])}: exit status {status}: {'; '.join(lines[-_SAID_LINES:])}; {advice}"
-    )
+    if "No space left" in said:
+        advice = "; free some space, or set NETFENCE_KERNELS to a directory on another disk"
+    elif command[0] == "apt-get":
+        advice = "; check the network and the mirrors in /etc/apt, then try again"
+    else:
+        advice = ""
+    # apt's way of naming our private configuration would be half of the message.
+    words = shlex.join(word for word in command if not word.startswith(("-", "/", "APT::")))
+    return InfrastructureError(f"run {words}: exit status {status}: {'; '.join(lines[-_SAID_LINES:])}{advice}")
 
 
 class PrivateApt:
