@@ -24,6 +24,7 @@ from matrix_results import ELSE, FAILED, HOOKS, LOST, PASSED, Run, read_runs
 
 OK, TESTS_FAILED, INFRASTRUCTURE = 0, 1, 3
 HOST = "host"
+WIDTH = 100  # columns, where there is no terminal to ask
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "empty": "dim"}
 MAX_FAILURES_SHOWN = 30  # per kernel, on the terminal; the HTML has all
 
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.check and not options.readme:
         parser.error("--check compares a README: give --readme")
     runs = read_runs(options.results, filter(None, options.kernels.split(",")))
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if not runs:
         console.print(f"no results in {options.results}: run `nox -s kernel` or `nox -s vm` first")
         return INFRASTRUCTURE
