@@ -8,29 +8,27 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harness import sandbox
+from harness import warm
 from harness.topology import Topology
+from netfence.config import Dns
 from netfence.dataplane.plane import DataPlane
 from netfence.policy.modes import Mode
 
 T = TypeVar("T")
-MAX_LEASES = 65536
+MAX_LEASES = Dns().max_leases_total
+"""The product's default, so that its programs can be handed on to a daemon of the harness and back."""
 
 
 class Plane:
     """A data plane in the topology's host, driven from a test: `run` a coroutine of it there."""
 
-    def __init__(
-        self, topology: Topology, directory: Path, *, tcx: bool | None = None, max_leases: int = MAX_LEASES
-    ) -> None:
+    def __init__(self, topology: Topology, directory: Path, *, tcx: bool | None = None) -> None:
         self._topology = topology
-        self.max_leases = max_leases
         self._runner = asyncio.Runner()
-        (directory / "data").mkdir()
         self._stack = contextlib.ExitStack()
-        self.bpffs = self._stack.enter_context(sandbox.bpffs(directory / "bpf"))
+        self.bpffs = self._stack.enter_context(warm.bpffs(directory / "bpf", directory / "data", MAX_LEASES))
         opened = DataPlane.open(
-            self.bpffs / "netfence", directory / "data", Mode.BLOCK_ALL, max_leases_total=max_leases, tcx=tcx
+            self.bpffs / warm.PINS, directory / "data", Mode.BLOCK_ALL, max_leases_total=MAX_LEASES, tcx=tcx
         )
         self.plane: DataPlane = self.run(opened)
 
@@ -40,6 +38,7 @@ class Plane:
             return self._runner.run(work)
 
     def close(self) -> None:
-        self.run(self.plane.close(detach=True))
+        """Hand the programs on to the next one, if nothing is attached; else they go with the bpffs."""
+        self.run(self.plane.close(detach=False))
         self._runner.close()
         self._stack.close()

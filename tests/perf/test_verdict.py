@@ -23,7 +23,7 @@ FAR_OFF_NS = 2_000  # a hot verdict is 50 to 120 ns
 
 @pytest.fixture(scope="module")
 def bench(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    plane = Plane(topology, tmp_path_factory.mktemp("plane"), max_leases=4 * ROW)
+    plane = Plane(topology, tmp_path_factory.mktemp("plane"))
     one = Bench(topology, plane, tmp_path_factory.mktemp("bench"))
     yield one
     one.close()

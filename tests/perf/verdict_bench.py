@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import spread_build
-from bench_plane import Plane
+from bench_plane import MAX_LEASES, Plane
 from frames import Frame
 from harness.topology import Topology
 from measure import FULL, Series
@@ -132,14 +132,12 @@ class Bench:
         hot.mkdir()
         random.mkdir()
         # A test run gives cgroup programs fresh storage: this build knows its slot without.
-        job = child.Job(str(sources), str(base / "maps"), str(hot), str(layout), self.plane.max_leases, self._slots[0])
+        job = child.Job(str(sources), str(base / "maps"), str(hot), str(layout), MAX_LEASES, self._slots[0])
         subprocess.run([sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))], check=True)
         wanted = {}
         for name, hook in HOOKS.items():
             wanted[hook.spread] = wanted[f"spread_empty_{name}"] = child.PROGRAMS[hook.program]
-        spread = spread_build.SpreadJob(
-            str(sources), str(base / "maps"), str(layout), self.plane.max_leases, str(random), wanted
-        )
+        spread = spread_build.SpreadJob(str(sources), str(base / "maps"), str(layout), MAX_LEASES, str(random), wanted)
         argv = [sys.executable, spread_build.__file__, json.dumps(dataclasses.asdict(spread))]
         subprocess.run(argv, check=True)
         programs = {f"random {name}": links.obj_get(random / hook.spread) for name, hook in HOOKS.items()}
