@@ -13,7 +13,6 @@ import functools
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -58,15 +57,17 @@ def run(*command: str, cwd: Path | None = None, stdin: str | None = None) -> str
 def failure(command: tuple[str, ...], status: int, said: str) -> InfrastructureError:
     """Make the error of a failed command out of the last lines it said."""
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("dlstatus:")]
+    errors = [line for line in lines if line.startswith("E: ")] or lines
     if "No space left" in said:
         advice = "; free some space, or set NETFENCE_KERNELS to a directory on another disk"
     elif command[0] == "apt-get":
         advice = "; check the network and the mirrors in /etc/apt, then try again"
     else:
         advice = ""
-    # apt's way of naming our private configuration would be half of the message.
-    words = shlex.join(word for word in command if not word.startswith(("-", "/", "APT::")))
-    return InfrastructureError(f"run {words}: exit status {status}: {'; '.join(lines[-_SAID_LINES:])}{advice}")
+    # Options are how we speak to apt, and would be most of the message.
+    words = " ".join(Path(word).name for word in command if not word.startswith("-") and "::" not in word)
+    words = words.replace(" apt.conf ", " ")
+    return InfrastructureError(f"run {words}: exit status {status}: {'; '.join(errors[-_SAID_LINES:])}{advice}")
 
 
 class PrivateApt:
@@ -181,7 +182,7 @@ Dir::State "{directory}/state";
 Dir::State::status "{directory}/state/status";
 Dir::Cache "{directory}/cache";
 Dir::Etc::sourcelist "{directory}/netfence.sources";
-Dir::Etc::sourceparts "-";
-Dir::Etc::preferences "-";
-Dir::Etc::preferencesparts "-";
+Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferencesparts "/dev/null";
 """

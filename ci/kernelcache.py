@@ -85,9 +85,9 @@ def ensure(kernel: Kernel, report: Report = lambda _what, _fraction: None, *, up
                 found = _fetch(kernel, cache, report)
         report(found.release, 1.0)
     except OSError as error:
-        advice = "free some (2 GB per kernel are enough)" if error.errno == errno.ENOSPC else "or look why"
+        advice = "free 2 GB there, or set" if error.errno == errno.ENOSPC else "set"
         raise InfrastructureError(
-            f"keep Linux {kernel.series} in {cache}: {error}; {advice}, or set NETFENCE_KERNELS to another directory"
+            f"keep Linux {kernel.series} in {cache}: {error}; {advice} NETFENCE_KERNELS to another directory"
         ) from error
     return found
 
