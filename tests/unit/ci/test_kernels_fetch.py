@@ -17,6 +17,7 @@ import pytest
 
 import aptsources
 import kernels
+from debfetch import check_sha256
 from infrastructure import InfrastructureError
 from kernelcache import cached
 
@@ -229,6 +230,14 @@ def test_a_package_that_is_not_what_was_signed_is_refused(archive: Archive, cach
     with pytest.raises(InfrastructureError, match=r"^infrastructure: .*(Hash Sum mismatch|SHA256 is)"):
         kernels.ensure(KERNEL)
     assert entries(cache) == []
+
+
+def test_our_own_check_does_not_lean_on_apts(tmp_path: Path) -> None:
+    deb = tmp_path / "a.deb"
+    deb.write_bytes(b"package")
+    check_sha256(deb, hashlib.sha256(b"package").hexdigest())
+    with pytest.raises(InfrastructureError, match=r"check a\.deb: SHA256 is [0-9a-f]{64}, the signed index says 0000"):
+        check_sha256(deb, "0" * 64)
 
 
 def test_an_archive_without_a_signature_is_refused(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,9 +74,18 @@ def test_other_vendors_are_not_debian(order: str) -> None:
 
 
 @pytest.mark.parametrize("suite", ["trixie-backports", "bullseye-security"])
-def test_no_mirror_is_infrastructure_and_says_what_to_do(suite: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "deb http://ubuntu.example/ubuntu jammy main",
+        "deb https://docker.example/linux/debian bookworm stable",
+        "deb http://mirror.example/debian bookworm contrib  # not main",
+    ],
+    ids=["ubuntu", "docker", "contrib"],
+)
+def test_no_mirror_is_infrastructure_and_says_what_to_do(suite: str, line: str) -> None:
     with pytest.raises(InfrastructureError, match=rf"^infrastructure: find a mirror for {suite}: .*; add one"):
-        mirror_for(suite, parse_one_line("deb http://ubuntu.example/ubuntu jammy main\n"))
+        mirror_for(suite, parse_one_line(line))
 
 
 def test_a_key_within_the_entry_is_kept_whole() -> None:
