@@ -19,7 +19,8 @@ from pathlib import Path
 
 FULL = os.environ.get("NETFENCE_PERF", "smoke") == "full"
 ROUNDS = 9 if FULL else 7
-REPORT = Path(__file__).resolve().parents[2] / "report.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "report.jsonl"
 CPU = max(os.sched_getaffinity(0))
 """The CPU that everything measured is pinned to."""
 
@@ -100,7 +101,7 @@ def _where() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")
     # As root in a tree of somebody else, git wants to be told that this is meant.
-    git = ["git", "-c", f"safe.directory={REPORT.parent}", "-C", str(REPORT.parent)]
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
     head = subprocess.run(
         [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from measure import Series
-from perfreport.model import Result, SizeValue, size_words
+from perfreport.model import SizeValue, size_words
 
 POWERS = ((1_000_000, "M"), (1_000, "k"))
 
@@ -38,10 +40,10 @@ def middle_half(series: Series) -> str:
     return f"{figure(low)}–{figure(high)}"
 
 
-def sizes(result: Result) -> str:
-    """Write the sizes of a result as `rules 1,000, pick hot`."""
+def sizes(of: Mapping[str, SizeValue]) -> str:
+    """Write sizes as `rules 1,000, pick hot`."""
     return ", ".join(
-        " ".join(word.split("=", 1)) for word in size_words({k: _size(v) for k, v in result.sizes.items()})
+        word.replace("=", " ", 1) for word in size_words({name: _size(value) for name, value in of.items()})
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 from scipy.stats import false_discovery_control, mannwhitneyu
 
@@ -33,14 +34,21 @@ class Allowed:
 
 
 ALLOWED = {
-    "verdict": Allowed(0.15, 10, "ns"),
-    "path": Allowed(0.05),
-    "xdp": Allowed(0.15, 10, "ns"),
-    "dns": Allowed(0.10),
-    "memory": Allowed(0.10),
+    # What misses the near caches depends on who else uses the far one: the same code was seen at 133 and at 247 ns.
+    "verdict-*-random": Allowed(1.0, 20, "ns"),
+    "verdict-*": Allowed(0.20, 10, "ns"),
+    "path-*": Allowed(0.05),
+    "dns-*-p99": Allowed(0.50),
+    "dns-*": Allowed(0.10),
+    "memory-*": Allowed(0.10),
 }
-"""Per family, from runs of unchanged code against itself (README.md); everything else is OTHERWISE."""
+"""By the benchmark's name, the first that fits, from runs of unchanged code against itself (README.md)."""
 OTHERWISE = Allowed(0.25)
+
+
+def allowed_for(name: str) -> Allowed:
+    """Return how much a benchmark may differ between two runs of the same code."""
+    return next((allowed for pattern, allowed in ALLOWED.items() if fnmatchcase(name, pattern)), OTHERWISE)
 
 
 class State(StrEnum):
@@ -129,13 +137,16 @@ def compare_runs(base: Run, new: Run) -> Comparison:
     untold: list[Change] = []
     tests: list[_Test] = []
     for key, result in after.items():
+        old = before.get(key)
         for who in result.series:
-            old = before.get(key)
             if old is None or who not in old.series:
                 untold.append(Change(result, who, State.NEW))
                 continue
             outcome = _test(old, result, who, same_machine)
-            (tests if isinstance(outcome, _Test) else untold).append(outcome)  # type: ignore[arg-type]
+            if isinstance(outcome, _Test):
+                tests.append(outcome)
+            else:
+                untold.append(outcome)
     untold += [
         Change(result, who, State.GONE)
         for key, result in before.items()
@@ -156,10 +167,10 @@ def _test(old: Result, new: Result, who: str, same_machine: bool) -> _Test | Cha
     none = Change(new, who, State.UNTESTED, measured=measured)
     if old.series[who].unit != unit:
         return replace(none, why=f"the unit was {old.series[who].unit}")
-    control = new.control
-    allowed = ALLOWED.get(new.family, OTHERWISE)
+    control = new.control(who)
+    allowed = allowed_for(new.name)
     floor = allowed.floor if allowed.unit == unit else 0.0
-    if control is not None and control == old.control and control != who:
+    if control is not None and control == old.control(who):
         one, two = (_ratio(result, who, control) for result in (old, new))
         basis = f"ratio to {control}"
         floor /= old.series[control].median

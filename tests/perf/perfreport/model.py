@@ -60,10 +60,15 @@ class Result(BaseModel):
         """What makes two results the same benchmark at the same size, whatever the order of the sizes."""
         return self.name, " ".join(sorted(size_words(self.sizes)))
 
-    @property
-    def control(self) -> str | None:
-        """The contestant to relate others to when runs are compared: the base, else one that does nothing."""
-        return self.base or next((who for who in self.series if who in LIMITS), None)
+    def control(self, who: str) -> str | None:
+        """Return the contestant to relate `who` to when runs are compared, None where there is none.
+
+        Code that is not ours is the same in both runs and suffers from the same machine: what does nothing, else the
+        base, else any peer.
+        """
+        others = [one for one in self.series if not is_ours(one)]
+        first = sorted(others, key=lambda one: (one not in LIMITS, one != self.base))[:1]
+        return next((one for one in first if one != who), None)
 
 
 class Run(BaseModel):

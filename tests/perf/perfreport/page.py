@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from measure import differs, ratio
 from perfreport import figures, peers, plots, terminal
 from perfreport.gate import Comparison, State
 from perfreport.model import Result, Run
+from perfreport.tables import Behind, Table, tables
 
 HERE = Path(__file__).parent
 FAMILIES = {
     "verdict": "The program alone: ns per packet over an empty program",
     "path": "Packets through a host: the fence against no filter and other filters",
-    "dns": "DNS: answers per second",
+    "dns": "DNS: answers per second, and how long one takes",
     "attach": "Attaching a workload",
     "bulk": "Many rules at once",
     "match": "Matching domain names",
@@ -30,25 +30,6 @@ FAMILIES = {
     "fleet": "A control plane driving a fleet",
 }
 """Sections in their order; a family that is not here comes last, under its own name."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one contestant measured at one size; `note` relates it to the base, `behind` names peers that are better."""
-
-    median: str
-    spread: str
-    note: str = ""
-    significant: bool = True
-    behind: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Results of the same contestants: a row per benchmark and size."""
-
-    contestants: tuple[str, ...]
-    rows: list[tuple[Result, list[Cell]]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ class Section:
 def page(run: Run, comparison: Comparison | None = None) -> str:
     """Return the whole report as HTML."""
     matches = peers.matches(run)
-    behind: dict[tuple[int, str], list[str]] = defaultdict(list)
+    behind: Behind = defaultdict(list)
     for match in matches:
         if match.standing is peers.Standing.BEHIND:
             behind[id(match.result), match.ours].append(match.other)
@@ -84,7 +65,7 @@ def page(run: Run, comparison: Comparison | None = None) -> str:
     )
 
 
-def _sections(run: Run, behind: dict[tuple[int, str], list[str]]) -> list[Section]:
+def _sections(run: Run, behind: Behind) -> list[Section]:
     by_family: dict[str, list[Result]] = defaultdict(list)
     for result in run.results:
         by_family[result.family].append(result)
@@ -94,28 +75,9 @@ def _sections(run: Run, behind: dict[tuple[int, str], list[str]]) -> list[Sectio
         Section(
             family,
             FAMILIES.get(family, family),
-            _tables(by_family[family], behind),
+            tables(by_family[family], behind),
             [(plot.title, Markup(plots.svg(plot, next(numbers)))) for plot in plots.plots(by_family[family])],
         )
         for family in order
         if family in by_family
     ]
-
-
-def _tables(results: list[Result], behind: dict[tuple[int, str], list[str]]) -> list[Table]:
-    by_contestants: dict[tuple[str, ...], list[Result]] = defaultdict(list)
-    for result in results:
-        by_contestants[tuple(result.series)].append(result)
-    return [
-        Table(who, [(one, [_cell(one, each, behind.get((id(one), each), [])) for each in who]) for one in found])
-        for who, found in by_contestants.items()
-    ]
-
-
-def _cell(result: Result, who: str, behind: list[str]) -> Cell:
-    series = result.series[who]
-    cell = Cell(figures.with_unit(series), figures.middle_half(series), behind=", ".join(behind))
-    if result.base is None or who == result.base:
-        return cell
-    to_base = ratio(series, result.series[result.base])
-    return replace(cell, note=f"{figures.figure(to_base.median)} of {result.base}", significant=differs(to_base))

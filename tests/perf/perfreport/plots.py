@@ -9,15 +9,16 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from measure import Series
 from perfreport.figures import figure, short
@@ -26,10 +27,14 @@ from perfreport.model import LIMITS, Result, size_words
 AXES = {"rules": "rules", "attachments": "attachments"}
 LINES = 8
 """As many lines can be told apart in one plot: the page has so many colours, and there are so many markers."""
+TITLE_WORDS = 3
+"""So many words of the names that go into one plot are the same: verdict-tc-ipv4."""
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
-WIDE_RANGE = 50
+WIDE_RANGE = 10
 """From this factor between the least and the most on, the upright axis is logarithmic too."""
+HALF_A_LINE = 26
+"""With longer names, the legend has one column; longer than twice this they are broken."""
 WIDTH, HEIGHT = 5.4, 3.5  # inches of 72 units
 INK, FAINT = "#010203", "#010204"
 _SETTINGS: dict[Any, Any] = {
@@ -58,6 +63,14 @@ class Point:
     series: Series
 
 
+class _Line(NamedTuple):
+    """What tells a line from others of its plot: the rest of the benchmark's name, other sizes, the contestant."""
+
+    rest: str
+    others: str
+    who: str
+
+
 @dataclass(frozen=True)
 class Plot:
     """Lines over one axis; `lines` are points by ascending size, by name."""
@@ -74,7 +87,7 @@ class Plot:
             f"{name}: " + ", ".join(f"{figure(point.series.median)} at {short(point.at)}" for point in points)
             for name, points in self.lines.items()
         )
-        return f"{self.title}: {self.unit} against the number of {AXES[self.axis]}. " + "; ".join(told)
+        return f"{self.title}. " + "; ".join(told)
 
 
 def plots(results: Sequence[Result]) -> list[Plot]:
@@ -83,35 +96,44 @@ def plots(results: Sequence[Result]) -> list[Plot]:
 
 
 def _over(axis: str, results: Sequence[Result]) -> Iterator[Plot]:
-    groups: dict[tuple[str, str], dict[tuple[str, str], list[Point]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], dict[_Line, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         at = result.sizes.get(axis)
         if not isinstance(at, int | float) or isinstance(at, bool) or at <= 0:
             continue
+        words = result.name.split("-")
         others = " ".join(size_words({name: value for name, value in result.sizes.items() if name != axis}))
         for who, series in result.series.items():
             if who not in LIMITS or result.base in LIMITS:  # else the others' values lie over it already
-                groups[result.name, series.unit][who, others].append(Point(at, series))
-    for (name, unit), found in groups.items():
-        lines = {key: sorted(points, key=lambda point: point.at) for key, points in found.items()}
-        lines = {key: points for key, points in lines.items() if len({point.at for point in points}) > 1}
-        kinds = {others for _, others in lines}
-        if len(lines) <= LINES:
-            yield from _plots(name, axis, unit, {_label(*key, kinds): points for key, points in lines.items()})
-            continue
-        for kind in sorted(kinds):
-            title = f"{name}, {kind}" if kind else name
-            yield from _plots(title, axis, unit, {who: points for (who, of), points in lines.items() if of == kind})
+                line = _Line("-".join(words[TITLE_WORDS:]), others, who)
+                groups["-".join(words[:TITLE_WORDS]), series.unit][line].append(Point(at, series))
+    for (title, unit), found in groups.items():
+        lines = {
+            line: sorted(points, key=lambda point: point.at)
+            for line, points in found.items()
+            if len({point.at for point in points}) > 1
+        }
+        for told, part in _split(title, lines, _Line._fields[:-1]):
+            yield Plot(f"{told}: {unit} by {AXES[axis]}", axis, unit, part)
 
 
-def _label(who: str, others: str, kinds: set[str]) -> str:
-    return f"{who}, {others}" if len(kinds) > 1 and others else who
-
-
-def _plots(title: str, axis: str, unit: str, lines: dict[str, list[Point]]) -> Iterator[Plot]:
-    names = list(lines)
-    for start in range(0, len(names), LINES):
-        yield Plot(title, axis, unit, {name: lines[name] for name in names[start : start + LINES]})
+def _split(
+    title: str, lines: dict[_Line, list[Point]], parts: Sequence[str]
+) -> Iterator[tuple[str, dict[str, list[Point]]]]:
+    """Give what is too much for one plot a plot for each value of the first of `parts`, then of the next."""
+    if len(lines) > LINES and parts:
+        for value in dict.fromkeys(getattr(line, parts[0]) for line in lines):
+            some = {line: points for line, points in lines.items() if getattr(line, parts[0]) == value}
+            yield from _split(f"{title} {value}".rstrip(), some, parts[1:])
+        return
+    words = [[word for word in (line.rest, *line.others.split(), line.who) if word] for line in lines]
+    shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    named = [
+        (", ".join(word for word in of if word not in shared) or line.who, points)
+        for of, (line, points) in zip(words, lines.items(), strict=True)
+    ]
+    for start in range(0, len(named), LINES):
+        yield title, dict(named[start : start + LINES])
 
 
 def svg(plot: Plot, number: int) -> str:
@@ -122,7 +144,8 @@ def svg(plot: Plot, number: int) -> str:
         for place, (name, points) in enumerate(plot.lines.items()):
             _draw(axes, place, name, points)
         _scale(axes, plot)
-        drawing.legend(loc="outside lower center", ncols=2 if len(plot.lines) > 1 else 1, frameon=False, fontsize=9)
+        columns = 1 if max(map(len, plot.lines)) > HALF_A_LINE else 2
+        drawing.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         file = io.StringIO()
         drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(file.getvalue(), plot, number)
@@ -141,7 +164,7 @@ def _draw(axes: Axes, place: int, name: str, points: list[Point]) -> None:
         linestyle=DASHES[place % len(DASHES)],
         markersize=5,
         linewidth=1.5,
-        label=name,
+        label=textwrap.fill(name, 2 * HALF_A_LINE),
     )
     line.set_gid(f"line{place}")
 
@@ -155,6 +178,8 @@ def _scale(axes: Axes, plot: Plot) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     if min(values) > 0 and max(values) / min(values) >= WIDE_RANGE:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(bottom=min(0.0, *values))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

@@ -30,7 +30,7 @@ def _row(change: Change) -> tuple[str, ...]:
     state = change.state.value if change.ours else f"{change.state.value} (not ours)"
     before, after = ("" if value is None else figure(value) for value in (change.before, change.after))
     p_value = "" if change.p_value is None else f"{change.p_value:.2g}"
-    name = f"{change.result.name} {sizes(change.result)}"
+    name = f"{change.result.name} {sizes(change.result.sizes)}"
     basis = "; ".join(filter(None, (change.basis, change.why)))
     return (
         state,
