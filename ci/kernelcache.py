@@ -109,7 +109,8 @@ def _fetch(kernel: Kernel, cache: Path, report: Report) -> Installed:
         if found is None or found.vmlinuz.parent != entry:
             size_mb = sum(package.size for package in packages) / 1e6
             what = f"{image.name} {image.version}, {size_mb:.0f} MB"
-            debs = apt.download(packages, lambda fraction: report(what, fraction))
+            # Downloaded is not done: what has reached 1 is finished, and its clock stands still.
+            debs = apt.download(packages, lambda fraction: report(what, min(fraction, 0.99)))
             tree = work / "tree"
             release = image.name.removeprefix("linux-image-")
             unpack(debs, tree, release, report)
