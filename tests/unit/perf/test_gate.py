@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -96,6 +97,17 @@ def test_ours_as_the_base_is_related_to_the_peer() -> None:
     change = only(dns(70_000, 60_000), dns(35_000, 30_000))
     assert (change.state, change.basis) == (State.SAME, "ratio to dnsmasq")
     assert only(dns(70_000, 60_000), dns(35_000, 60_000)).state is State.REGRESSION
+
+
+def test_of_several_peers_the_base_is_related_to() -> None:
+    series = {"unbound": 100.0, "dnsmasq": 60.0, "netfence": 70.0}
+    change = only(result("dns-x", series, "qps", base="dnsmasq"), result("dns-x", series, "qps", base="dnsmasq"))
+    assert change.basis == "ratio to dnsmasq"
+
+
+def test_p_is_exact_for_few_rounds() -> None:
+    """Nine values that lie all above nine others: one order of the many."""
+    assert only(attach(100), attach(300)).p_value == pytest.approx(1 / math.comb(2 * ROUNDS, ROUNDS))
 
 
 def test_what_lies_over_an_empty_program_is_compared_in_its_nanoseconds() -> None:
