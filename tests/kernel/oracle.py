@@ -50,7 +50,11 @@ class World:
     allow_link_local: bool
     replies: Literal["off", "host"]
     inbound: set[tuple[Address, Address, int, int]] = field(default_factory=set)  # peer, own, peer port, own port
-    cgroup: bool = False
+    hook: Literal["tc", "xdp", "cgroup"] = "tc"
+
+    @property
+    def cgroup(self) -> bool:
+        return self.hook == "cgroup"
 
 
 def unmapped(address: Address) -> Address:

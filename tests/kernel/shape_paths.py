@@ -70,14 +70,15 @@ def attach_foreign_dns(fence: Fence, topology: Topology) -> None:
         fence.interface(topology.add_veth().host_if, dns_address=ipaddress.ip_address(address).packed, dns_port=port)
 
 
-def bridged_port(topology: Topology) -> Workload:
+def bridged_port(topology: Topology, mtu: int = BIG_MTU) -> Workload:
     """Make a veth port of the bridge, with big frames, whose workload's kernel sends nothing by itself."""
     made = topology.add_bridged()
     made.host_mac = NOBODY
     assert made.netns is not None
     made.netns.sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
-    made.netns.ip(f"link set eth0 arp off mtu {BIG_MTU}")
-    topology.host.ip(*[f"link set {each} mtu {BIG_MTU}" for each in (made.host_if, BRIDGE_UP_IF, BRIDGE_IF)])
+    made.netns.ip(f"link set eth0 arp off mtu {mtu}")
+    topology.host.ip(f"link set {made.host_if} mtu {mtu}")
+    topology.host.ip(*[f"link set {each} mtu {BIG_MTU}" for each in (BRIDGE_UP_IF, BRIDGE_IF)])
     topology.internet.ip(f"link set {SINK_IF} mtu {BIG_MTU}")
     return made
 

@@ -28,10 +28,12 @@ from netfence.dataplane.target import Direction
 from netfence.policy.commands import CidrSpec
 from netfence.policy.limits import MAX_TTL_NESTING
 from netfence.policy.modes import Mode, Reason, is_drop
+from shape_paths import bridged_port
+from xdp_tools import XDP_MTU, fenced_by_xdp
 
 COUNT = 3
 LONG_S, SHORT_S = 3600.0, 0.05
-HOOKS = ["tcx-ingress", "tcx-egress", "clsact-ingress", "clsact-egress", "cgroup"]
+HOOKS = ["tcx-ingress", "tcx-egress", "clsact-ingress", "clsact-egress", "xdp-native", "xdp-generic", "cgroup"]
 MODES = {mode.name.lower(): mode for mode in Mode}
 SHAPES = {"ipv4": packets.UDP4, "ipv6": packets.UDP6}
 
@@ -103,8 +105,8 @@ def _socket_sender(topology: Topology, sockets: dict[str, RemoteSocket]) -> Call
 def fences(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fence]]:
     with contextlib.ExitStack() as stack:
         yield {
-            name: stack.enter_context(Fence(topology, tmp_path_factory.mktemp(name), tcx=name == "tcx"))
-            for name in ("tcx", "clsact")
+            name: stack.enter_context(Fence(topology, tmp_path_factory.mktemp(name), tcx=tcx))
+            for name, tcx in (("tcx", True), ("clsact", False), ("xdp", None))
         }
 
 
@@ -117,6 +119,12 @@ def gate(
     if mechanism == "cgroup":
         with _cgroup_gate(topology, fences["tcx"], workload) as made:
             yield made
+        return
+    if mechanism == "xdp":
+        # Bridged, so that the sentinel goes through the fence: native XDP of a veth has a queue of its own.
+        sender = bridged_port(topology, mtu=XDP_MTU)
+        with fenced_by_xdp(fences["xdp"], sender.host_if, side) as attachment:
+            yield Gate(attachment, _packet_sender(topology, sender), sentinels=1)
         return
     direction = Direction.WORKLOAD if side == "ingress" else Direction.HOST
     sender = workload if side == "ingress" else topology.host_workload()
