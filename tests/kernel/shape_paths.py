@@ -22,6 +22,7 @@ from shape_cases import FOREIGN_PORT, OWN_DNS4, OWN_DNS6, OWN_PORT, Case
 
 COUNT = 3
 BIG_MTU = 9000
+OWN_DNS: dict[str, Any] = {"dns_address": ipaddress.ip_address(OWN_DNS4).packed, "dns_port": OWN_PORT}
 NOBODY = bytes.fromhex("02deadbeef01")
 
 
@@ -39,7 +40,7 @@ class PathTaken:
         tag = Tag()
         packet = self.workload.bytes_of(case.shape, case.to, tag)
         size = len(packet)
-        if case.shape.vlans and self.attachment.direction is Direction.WORKLOAD:
+        if case.shape.vlans and self.attachment.direction is Direction.WORKLOAD and not self.attachment.static.xdp:
             size -= VLAN_BYTES  # the outer tag is out of the data by then
         return self.meter.transmit(self.workload.sender, tag, [packet] * COUNT), COUNT * size
 
@@ -60,8 +61,7 @@ class PathTaken:
 
 def fenced(fence: Fence, name: str, direction: Direction = Direction.WORKLOAD, **static: Any) -> Attachment:
     """Fence an interface of the host, its DNS server at OWN_DNS4 unless said otherwise."""
-    own_dns = {"dns_address": ipaddress.ip_address(OWN_DNS4).packed, "dns_port": OWN_PORT}
-    return fence.interface(name, direction, **{**own_dns, **static})
+    return fence.interface(name, direction, **{**OWN_DNS, **static})
 
 
 def attach_foreign_dns(fence: Fence, topology: Topology) -> None:

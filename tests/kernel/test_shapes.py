@@ -1,9 +1,10 @@
 """Packets of every shape (semantics.md 6 and 7): judged by their address, always passed, or never guessed at.
 
-Each case of `shape_cases` runs on four paths: the ingress hook of a bridged veth, of a bridged tap and of a routed
-tun, and the egress hook of a veth. A VLAN tag is "offloaded" (in `skb->vlan_tci`) on ingress, where the kernel takes
-the outer tag out before the hook, and in the data on egress from AF_PACKET; `test_shape_settings` has the offloaded
-ones on egress. So no vlan link is needed, which this kernel may lack.
+Each case of `shape_cases` runs on these paths: the ingress hook of a bridged veth, of a bridged tap and of a routed
+tun, the egress hook of a veth, native XDP of a bridged veth and of a bridged tap, and generic XDP. A VLAN tag is
+"offloaded" (in `skb->vlan_tci`) on ingress, where the kernel takes the outer tag out before the hook, and in the data
+under XDP and on egress from AF_PACKET; `test_shape_settings` and `test_xdp` have the other way round. So no vlan link is
+needed, which this kernel may lack.
 
 What cannot be made: headers that `bpf_skb_pull_data` refuses to give (reason `unreadable`) want an allocation to fail.
 """
@@ -21,7 +22,18 @@ from harness.wire import Tag
 from netfence.dataplane.target import Direction
 from netfence.policy.modes import Mode, Reason
 from shape_cases import ANY4, CASES, EVERYTHING, Case
-from shape_paths import COUNT, NOBODY, PathTaken, attach_foreign_dns, bridged_port, bridged_tap, fenced, way_out
+from shape_paths import (
+    COUNT,
+    NOBODY,
+    OWN_DNS,
+    PathTaken,
+    attach_foreign_dns,
+    bridged_port,
+    bridged_tap,
+    fenced,
+    way_out,
+)
+from xdp_tools import XDP_MTU, fenced_by_xdp
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +54,12 @@ def path(request: pytest.FixtureRequest, topology: Topology, fence: Fence, bridg
         with way_out(topology) as (workload, meter), fenced(fence, workload.host_if, Direction.HOST) as attachment:
             yield PathTaken(attachment, workload, meter, sentinels=1)
         return
+    if request.param.startswith("xdp"):
+        _, mode, kind = request.param.split("-")
+        port = bridged_tap(topology) if kind == "tap" else bridged_port(topology, mtu=XDP_MTU)
+        with fenced_by_xdp(fence, port.host_if, mode, **OWN_DNS) as attachment:
+            yield PathTaken(attachment, port, topology.meter(port), sentinels=1)
+        return
     if request.param == "tap-ingress":
         workload = bridged_tap(topology)
     else:
@@ -56,7 +74,8 @@ def fits_tun(case: Case) -> bool:
     return not each.vlans and each.ethertype is None and "version" not in each.name
 
 
-PATHS = ["veth-ingress", "tap-ingress", "tun-ingress", "veth-egress"]
+XDP_PATHS = ["xdp-native-veth", "xdp-native-tap", "xdp-generic-veth"]
+PATHS = ["veth-ingress", "tap-ingress", "tun-ingress", "veth-egress", *XDP_PATHS]
 L2_PATHS = [name for name in PATHS if name != "tun-ingress"]
 
 
@@ -109,7 +128,7 @@ def test_an_ipv4_mapped_destination_meets_the_ipv4_rules(path: PathTaken) -> Non
 
 
 @pytest.mark.parametrize("name", ["request", "in-a-vlan", "for-nobody"])
-@pytest.mark.parametrize("path", ["veth-ingress", "tap-ingress", "veth-egress"], indirect=True)
+@pytest.mark.parametrize("path", L2_PATHS, indirect=True)
 def test_arp_always_passes(path: PathTaken, name: str) -> None:
     tag = Tag()
     frame = packets.arp(tag)
