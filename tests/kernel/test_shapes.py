@@ -3,7 +3,7 @@
 Each case of `shape_cases` runs on these paths: the ingress hook of a bridged veth, of a bridged tap and of a routed
 tun, the egress hook of a veth, native XDP of a bridged veth and of a bridged tap, and generic XDP. A VLAN tag is
 "offloaded" (in `skb->vlan_tci`) on ingress, where the kernel takes the outer tag out before the hook, and in the data
-under XDP and on egress from AF_PACKET; `test_shape_settings` and `test_xdp` have the other way round. So no vlan link is
+under XDP and on egress from AF_PACKET; `test_shape_settings` and `test_xdp` have it otherwise. So no vlan link is
 needed, which this kernel may lack.
 
 What cannot be made: headers that `bpf_skb_pull_data` refuses to give (reason `unreadable`) want an allocation to fail.
