@@ -93,6 +93,7 @@ MODULES: Mapping[str, Covers] = {
     "test_verdict::test_mode_changes_bite_at_once": Covers(modes=MODES[:-1]),
     "test_verdict::test_audit_drops_nothing_and_counts_what_would_be": Covers(modes=(AUDIT,)),
     "test_xdp": Covers(("xdp native",), _ALLOWLIST, FAMILIES),
+    "test_xdp_around": Covers(("xdp native",), _ALLOWLIST, ("ipv4",)),
 }
 
 

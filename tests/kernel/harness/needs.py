@@ -21,7 +21,10 @@ from netfence.dataplane import probe
 
 FIRST_KERNEL = {
     **probe.FIRST_KERNEL,
-    "BPF_F_PREORDER of cgroup links": "6.16",  # used by tests alone
+    # used by tests alone:
+    "BPF_F_PREORDER of cgroup links": "6.16",
+    "BIG TCP over ipv4": "6.3",
+    "BIG TCP over ipv6": "5.19",
 }
 
 LINK_KINDS = {
@@ -37,14 +40,26 @@ LINK_KINDS = {
 """Kinds of links that not every kernel is built with: option of the kernel's configuration, name of the module."""
 
 NO_NIC = "this machine has no NIC: nothing in /sys/class/net has a device"
-_WAITS = re.compile(r"(?P<feature>.+): waits for kernel (?P<first>\d+\.\d+)")
 _BUILT_WITHOUT = re.compile(r"this kernel was built without CONFIG_\w+\b.*")
 
 
 def needs(feature: str) -> pytest.MarkDecorator:
     """Skip the test on kernels before the feature's first; KeyError for a feature without one."""
-    first = FIRST_KERNEL[feature]
-    return pytest.mark.skipif(probe.kernel_version() < version(first), reason=f"{feature}: waits for kernel {first}")
+    return pytest.mark.skipif(_is_before(feature), reason=_waits(feature))
+
+
+def wait_for_kernel(feature: str) -> None:
+    """Do the same from inside a test, for what only some of its parameters need."""
+    if _is_before(feature):
+        pytest.skip(_waits(feature))
+
+
+def _is_before(feature: str) -> bool:
+    return probe.kernel_version() < version(FIRST_KERNEL[feature])
+
+
+def _waits(feature: str) -> str:
+    return f"{feature}: waits for kernel {FIRST_KERNEL[feature]}"
 
 
 def version(text: str) -> tuple[int, int]:
@@ -77,8 +92,9 @@ def without_nic() -> NoReturn:
 
 def earned(reason: str) -> bool:
     """Tell whether the reason is one of ours, and true on the running kernel."""
-    if waits := _WAITS.fullmatch(reason):
-        return FIRST_KERNEL.get(waits["feature"]) == waits["first"] and probe.kernel_version() < version(waits["first"])
+    feature, _, _ = reason.partition(":")
+    if feature in FIRST_KERNEL:
+        return reason == _waits(feature) and _is_before(feature)
     return reason == NO_NIC or _BUILT_WITHOUT.fullmatch(reason) is not None
 
 
