@@ -26,7 +26,7 @@ MECHANISMS = {NATIVE: "xdp-native", GENERIC: "xdp-generic"}
 
 _OTHERWISE = "or use --hook tc"
 _REMEDIES = {
-    errno.ERANGE: f"the MTU is too large for XDP: lower it at both ends (a veth takes 3498 at most), {_OTHERWISE}",
+    errno.ERANGE: f"the MTU is too large for XDP: lower it at both ends (a veth takes some 3500 bytes), {_OTHERWISE}",
     errno.EINVAL: f"the driver refuses: see the kernel log; mostly a large MTU or LRO; change that, {_OTHERWISE}",
     errno.ENOSPC: f"it has fewer receive queues than its other end has send queues: see `ethtool -L`, {_OTHERWISE}",
     errno.ENOTCONN: f"its other end is gone: make the pair anew, {_OTHERWISE}",
