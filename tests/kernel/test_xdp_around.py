@@ -7,6 +7,7 @@ XDP a veth gives packets of a send queue that has no receive queue to the stack 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 import pytest
 
 from harness import packets
+from harness.deadline import wait_for
 from harness.fence import Attachment, Fence
+from harness.needs import without_link_kind
 from harness.netns import NetNs, veth
 from harness.topology import Topology, Workload
-from harness.wire import PacketSender
+from harness.wire import PacketSender, Tag, on_harness_cpu
 from netfence.dataplane import links, rawprog
 from netfence.dataplane.hooks import clsact
 from netfence.dataplane.hooks.chain import Side
@@ -107,3 +110,44 @@ def test_packets_of_a_queue_that_nobody_receives(topology: Topology, fence: Fenc
     finally:
         os.close(program)
         pin.unlink(missing_ok=True)
+
+
+PAST_TC = "an ifb of the workload marks packets to pass over TC ingress, and the mark crosses a veth (seen on 6.18)"
+
+
+@pytest.mark.parametrize(
+    "hook", ["xdp-native", "xdp-generic", pytest.param("tc", marks=pytest.mark.xfail(reason=PAST_TC))]
+)
+def test_packets_that_an_ifb_marked(topology: Topology, fence: Fence, hook: str) -> None:
+    """`skb->tc_skip_classify` is set when an ifb sends a packet on; the next action or TC ingress hook takes it away.
+
+    The packets wait in the ifb's queue until the filter that led them there is gone, so that there is no such action.
+    """
+    workload = topology.add_veth()
+    netns, tag = workload.inside, Tag()
+    try:
+        netns.ip("link add ifb7 type ifb", "link set ifb7 up")
+    except RuntimeError:
+        without_link_kind("ifb")
+    for line in (
+        "qdisc add dev ifb7 root tbf rate 8kbit burst 200 latency 20s",
+        "qdisc add dev eth0 clsact",
+        "filter add dev eth0 egress protocol all u32 match u32 0 0 action mirred egress redirect dev ifb7",
+    ):
+        netns.run("tc", *line.split())
+
+    def waiting() -> int:
+        (queue,) = json.loads(netns.run("tc", "-s", "-j", "qdisc", "show", "dev", "ifb7", "root").stdout)
+        return int(queue["qlen"])
+
+    fencing = fence.interface(workload.host_if) if hook == "tc" else fenced_by_xdp(fence, workload.host_if, hook[4:])
+    with fencing as fenced:
+        fenced.replace(Mode.ALLOWLIST)
+        with fenced.counts(Reason.DEFAULT_DROP, COUNT):
+            with on_harness_cpu():
+                for _ in range(COUNT):
+                    workload.sender.send(workload.bytes_of(packets.UDP4, WEB, tag))
+            assert waiting()
+            netns.run("tc", "filter", "del", "dev", "eth0", "egress")
+            wait_for(lambda: not waiting(), "the ifb to send")
+            assert topology.meter().arrived(tag) == 0

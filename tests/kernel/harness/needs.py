@@ -31,6 +31,7 @@ LINK_KINDS = {
     "bond": ("BONDING", "bonding"),
     "dummy": ("DUMMY", "dummy"),
     "gre": ("NET_IPGRE", "ip_gre"),
+    "ifb": ("IFB", "ifb"),
     "ipvlan": ("IPVLAN", "ipvlan"),
     "macvtap": ("MACVTAP", "macvtap"),
     "vlan": ("VLAN_8021Q", "8021q"),
