@@ -16,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from netfence import lifecycle as module
-from netfence.api.views import AttachSpec
+from netfence.api.views import AttachSpec, HookWish
 from netfence.config import Config
 from netfence.control.applying import Commands
 from netfence.control.local import NoControl
@@ -245,6 +245,17 @@ async def until(condition: Callable[[], object]) -> None:
 def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make vethN the interface with index N."""
     monkeypatch.setattr(module, "resolve_interface", lambda name: interface(name, int(name.removeprefix("veth"))))
+
+
+@pytest.mark.parametrize("hook", ["tc", "xdp"])
+def test_the_hook_is_stored_told_and_asked_for(tmp_path: Path, hook: HookWish) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.lifecycle.attach(AttachSpec("veth7", None, {}, hook, "auto"))
+        (row,) = await bench.store.load()
+        assert row.hook == live.row.hook == hook
+        assert bench.lifecycle.static(live).xdp == live.attachment.view().xdp == (hook == "xdp")
+
+    on_bench(tmp_path, work)
 
 
 def test_attach_and_detach(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ def test_a_sync_request_says_who_we_are_and_what_is_in_force() -> None:
         policy_version="v1",
         policy_hash="h",
     )
+    (xdp,) = sync_event("daemon", "host", {}, [replace(VIEW, xdp=True)]).sync.attachments
+    assert xdp.type == event_message(Subscribed(replace(VIEW, xdp=True))).subscribed.type
+    assert xdp.type == types_pb2.ATTACHMENT_TYPE_XDP
     assert (sync.attachments[1].type, sync.attachments[1].mode) == (types_pb2.ATTACHMENT_TYPE_CGROUP, BLOCK_ALL)
 
 

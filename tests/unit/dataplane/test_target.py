@@ -81,6 +81,22 @@ def test_xdp_exists_only_on_ingress() -> None:
             choose_direction(target, requested, Hook.XDP)
 
 
+@pytest.mark.parametrize("kind", ["tun", "netkit", "vlan", "bond", "macvtap", "bridge", "team", "ifb"])
+def test_xdp_is_refused_where_it_is_not_what_tc_is(kind: str) -> None:
+    assert choose_direction(interface(kind), Direction.WORKLOAD, Hook.TC) is Direction.WORKLOAD
+    with pytest.raises(PreconditionError, match=rf"attach to if0: XDP cannot judge a {kind} interface.*--hook tc"):
+        choose_direction(interface(kind), Direction.WORKLOAD, Hook.XDP)
+
+
+@pytest.mark.parametrize("kind", ["veth", "tap", PHYSICAL])
+def test_xdp_wants_an_ethernet_header_and_no_bond(kind: str) -> None:
+    with pytest.raises(PreconditionError, match=r"XDP cannot judge .*without Ethernet header.*--hook tc"):
+        choose_direction(interface(kind, ARPHRD_NONE), Direction.WORKLOAD, Hook.XDP)
+    member = dataclasses.replace(interface(kind), is_bond_member=True, master=3)
+    with pytest.raises(PreconditionError, match=r"member of a bond takes no XDP.*--hook tc"):
+        choose_direction(member, Direction.WORKLOAD, Hook.XDP)
+
+
 def test_a_tunnel_is_judged_only_on_its_way_out() -> None:
     assert choose_direction(interface("ipip", ARPHRD_TUNNEL), Direction.HOST) is Direction.HOST
     with pytest.raises(PreconditionError, match="--direction host"):
