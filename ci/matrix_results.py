@@ -127,7 +127,8 @@ def _read_junit(path: Path) -> Iterator[Result]:
             if child.tag in ("failure", "error"):
                 outcome, reason = FAILED, _first_line(child)
             elif child.tag == "skipped" and outcome != FAILED:
-                outcome, reason = SKIPPED, _first_line(child)
+                known = "known to fail: " if child.get("type") == "pytest.xfail" else ""
+                outcome, reason = SKIPPED, known + _first_line(child)
         told = {each.get("name"): each.get("value", "") for each in case.iter("property")}
         hooks, modes, families = (
             tuple(filter(None, told.get(name, "").split(", "))) or (ELSE,) for name in ("hook", "mode", "family")

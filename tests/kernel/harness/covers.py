@@ -93,7 +93,9 @@ MODULES: Mapping[str, Covers] = {
     "test_verdict::test_mode_changes_bite_at_once": Covers(modes=MODES[:-1]),
     "test_verdict::test_audit_drops_nothing_and_counts_what_would_be": Covers(modes=(AUDIT,)),
     "test_xdp": Covers(("xdp native",), _ALLOWLIST, FAMILIES),
+    "test_xdp::test_tags_that_xdp_does_not_see_hide_nothing": Covers(modes=_LISTS),
     "test_xdp_around": Covers(("xdp native",), _ALLOWLIST, ("ipv4",)),
+    "test_xdp_replies": Covers(("xdp native",), _ALLOWLIST, FAMILIES),
 }
 
 
@@ -113,7 +115,8 @@ def covers(module: str, test: str, test_id: str = "", values: Iterable[object] =
 def _told(test_id: str, values: Iterable[object]) -> Covers:
     """Read the parameters."""
     words = test_id.split("-")
-    families = tuple(each for each in FAMILIES if each in words) or tuple(_families(values))[:1]
+    # A packet first: a shape may be called "ipv6-as-ipv4".
+    families = tuple(_families(values))[:1] or tuple(each for each in FAMILIES if each in words)
     return Covers(_hooks(words), tuple(mode for mode in MODES if mode in words), families)
 
 

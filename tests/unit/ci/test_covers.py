@@ -14,6 +14,7 @@ import pytest
 import matrix_results
 from harness import covers as told
 from harness.covers import FAMILIES, HOOKS, MODES, MODULES, NEITHER, Covers, covers
+from shape_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[3]
 COLLECT = """
@@ -25,6 +26,9 @@ class Told:
                         dict(item.user_properties)] for item in session.items], out)
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "tests/kernel"], plugins=[Told()]))
 """
+DRIVES = re.compile(
+    r"^from (harness\.fence import .*\bFence|connection_places|cgroup_inside|shape_paths)\b", re.MULTILINE
+)
 DATA_PLANE = {"test_verdict", "test_shapes", "test_shape_settings", "test_differential", "test_big_packets"} | {
     name for name, each in MODULES.items() if each.hooks and each.modes and each.families and "::" not in name
 }
@@ -99,7 +103,7 @@ def test_daemon_and_control_plane_fill_no_cell(collected: list[Item]) -> None:
 def test_modules_with_a_fence_are_in_the_table() -> None:
     """Who drives packets through a data plane without a daemon says what that shows."""
     for path in (ROOT / "tests/kernel").glob("test_*.py"):
-        if re.search(r"^from harness\.fence import .*\bFence\b", path.read_text(), re.MULTILINE):
+        if DRIVES.search(path.read_text()):
             assert path.stem in MODULES, path.name
 
 
@@ -129,6 +133,12 @@ def test_the_matrix_has_the_same_rows_and_columns() -> None:
 )  # fmt: skip
 def test_the_order_of_what_is_believed(module: str, test: str, test_id: str, expected: Covers) -> None:
     assert covers(module, test, test_id) == expected
+
+
+def test_a_packet_is_believed_before_the_name_of_its_shape() -> None:
+    shapes = {each.shape.name: each for each in CASES}
+    for name, family in (("ipv4-mapped", "ipv6"), ("ipv6-as-ipv4", NEITHER[0]), ("udp4", "ipv4")):
+        assert covers("test_shapes", "test_shape", name, [shapes[name]]).families == (family,), name
 
 
 def test_the_chosen_hook_is_told_by_the_kernel() -> None:
