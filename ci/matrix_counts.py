@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from matrix_results import ELSE, FAILED, FAMILIES, HOOKS, MODES, PASSED, SKIPPED, Result, Run
+from matrix_results import ELSE, FAILED, FAMILIES, HOOKS, KNOWN, MODES, PASSED, SKIPPED, Result, Run
 
 WAITS = re.compile(r".+: waits for kernel (\d+\.\d+)")
 
@@ -83,8 +83,9 @@ def claim(run: Run, hook: str) -> str:
         return f"{cell.failed} of {cell.failed + cell.passed} fail"
     if run.lost:
         return "lost: " + run.outcome
+    known = sum(test.reason.startswith(KNOWN) for test in tests)
     if cell.passed:
-        return "tested"
+        return f"tested ({known} known to fail)" if known else "tested"
     waits = {found[1] for test in tests if (found := WAITS.fullmatch(test.reason))}
     if waits:
         return f"not in this kernel ({max(waits, key=lambda text: [int(part) for part in text.split('.')])})"

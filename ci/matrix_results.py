@@ -26,6 +26,7 @@ FAMILIES = ("ipv4", "ipv6")
 ELSE = "-"  # what no hook, mode or family is told of
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+KNOWN = "known to fail: "  # how the reason of a test begins that is expected to fail; else it counts as skipped
 LOST = {
     "crashed": "the kernel crashed",
     "hung": "the machine hung",
@@ -127,7 +128,7 @@ def _read_junit(path: Path) -> Iterator[Result]:
             if child.tag in ("failure", "error"):
                 outcome, reason = FAILED, _first_line(child)
             elif child.tag == "skipped" and outcome != FAILED:
-                known = "known to fail: " if child.get("type") == "pytest.xfail" else ""
+                known = KNOWN if child.get("type") == "pytest.xfail" else ""
                 outcome, reason = SKIPPED, known + _first_line(child)
         told = {each.get("name"): each.get("value", "") for each in case.iter("property")}
         hooks, modes, families = (

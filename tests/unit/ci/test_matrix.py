@@ -14,7 +14,7 @@ import matrix
 import matrix_html
 import matrix_readme
 from matrix_counts import Cell, by_hook, by_mode_and_family, claim, skips
-from matrix_results import FAILED, HOOKS, LOST, MODES, PASSED, SKIPPED, Result, Run
+from matrix_results import FAILED, HOOKS, KNOWN, LOST, MODES, PASSED, SKIPPED, Result, Run
 
 BOTH = ("ipv4", "ipv6")
 WAITS = "tcx: waits for kernel 6.6"
@@ -136,6 +136,11 @@ def test_the_readme_is_compared_with_the_results_at_hand() -> None:
     assert matrix_readme.differences(written, [BAD])[0] == "tcx on 6.1: says nothing, the results say 1 of 2 fail"
     with pytest.raises(ValueError, match="has no <!-- hooks"):
         matrix_readme.differences("no markers", [GOOD])
+
+
+def test_a_known_failure_is_not_hidden_behind_what_passes() -> None:
+    known = one(SKIPPED, reason=f"{KNOWN}the kernel's fault")
+    assert claim(Run("7.3", "", PASSED, "", (one(), known)), "tcx") == "tested (1 known to fail)"
 
 
 def test_a_lost_machine_claims_nothing() -> None:
