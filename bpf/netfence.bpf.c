@@ -338,24 +338,25 @@ static __always_inline int is_raw_socket(struct __sk_buff *skb)
  * reaches nf_tc without it is judged there: a sender in another namespace can lead a packet around XDP (skb->redirected
  * under generic, a queue that is none under native). False: the driver gives no room, so nf_tc judges and counts all.
  */
-static __always_inline int stamp(struct xdp_md *xdp, const struct config *config)
+static __always_inline int put_stamp(struct xdp_md *xdp, const struct config *config)
 {
     int there = (void *)(long)xdp->data - (void *)(long)xdp->data_meta;
-    if (!config->stamp || bpf_xdp_adjust_meta(xdp, there - (int)sizeof(__u32)) < 0)
+    if (!config->stamp.part[0] || bpf_xdp_adjust_meta(xdp, there - (int)sizeof(struct stamp)) < 0)
         return 0;
-    __u32 *place = (void *)(long)xdp->data_meta;
+    struct stamp *place = (void *)(long)xdp->data_meta;
     if ((void *)(place + 1) > (void *)(long)xdp->data)
         return 0;
     *place = config->stamp;
     return 1;
 }
 
-static __always_inline int is_stamped(struct __sk_buff *skb, const struct config *config)
+static __always_inline int is_stamped(struct __sk_buff *skb, const struct stamp *stamp)
 {
-    __u32 *place = (void *)(long)skb->data_meta;
+    struct stamp *place = (void *)(long)skb->data_meta;
     if ((void *)(place + 1) > (void *)(long)skb->data)
         return 0;
-    return *place == config->stamp;
+    return place->part[0] == stamp->part[0] && place->part[1] == stamp->part[1] && place->part[2] == stamp->part[2] &&
+           place->part[3] == stamp->part[3];
 }
 
 /* Count what was decided; true: it passes. */
@@ -366,7 +367,7 @@ static __always_inline int settle(void *context, int hook, __u64 slot, const str
     __u64 packets = hook != HOOK_XDP && skb->gso_segs ? skb->gso_segs : 1;
     __u64 bytes = cursor_of(context, hook).length;
     int pass = reason < FIRST_DROP || would;
-    if (hook == HOOK_XDP && pass && !stamp(context, config))
+    if (hook == HOOK_XDP && pass && !put_stamp(context, config))
         return 1;
     count(slot, reason, would, packets, bytes);
     return pass;
@@ -383,7 +384,7 @@ static __always_inline int verdict(void *context, int hook, __u64 slot)
     /* Every packet in every mode: a SYN may come in fragments, and an entry made in one mode would serve in the next. */
     if (hook == HOOK_TC && (config->flags & (NF_FLAG_REPLIES | NF_FLAG_HOST)) == NF_FLAG_REPLIES)
         skb->tc_index = FENCED_MARK;
-    if (hook == HOOK_TC && config->stamp && is_stamped(skb, config))
+    if (hook == HOOK_TC && config->stamp.part[0] && is_stamped(skb, &config->stamp))
         return 1;
     __u64 active = *(volatile __u64 *)&config->active;
     if (mode_of(active) == MODE_DISABLED)

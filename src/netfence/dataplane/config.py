@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import struct
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,8 @@ from netfence.dataplane.clock import Clock
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.leases import kernel_address
 from netfence.dataplane.maps import Map
+
+STAMP_BYTES = 8
 
 HANDSHAKE_IDLE_S = 60.0
 """How long an inbound connection that is not answered, or being closed, keeps its place."""
@@ -42,6 +43,11 @@ class Static:
     own_addresses: tuple[bytes, ...] = ()
 
 
+def _new_stamp() -> bytes:
+    """Draw the secret by which nf_tc knows what nf_xdp let pass; its first two bytes are never 0, which means none."""
+    return (secrets.randbelow(0xFFFF) + 1).to_bytes(2, "little") + secrets.token_bytes(STAMP_BYTES - 2)
+
+
 def network_port(port: int) -> int:
     """Return the number a native 16-bit field must hold for the port to lie there in network order."""
     return int(struct.unpack("=H", struct.pack("!H", port))[0])
@@ -63,7 +69,7 @@ class ConfigMap:
             raise ValueError(message)
         self._active = fields["active"].offset // 8
         self._own = fields["own"].offset
-        self._stamp = slice(fields["stamp"].offset, fields["stamp"].offset + 4)
+        self._stamp = slice(fields["stamp"].offset, fields["stamp"].offset + STAMP_BYTES)
         self._own_count = fields["own_count"].offset
         self._static = layout.packer(
             "config",
@@ -105,9 +111,7 @@ class ConfigMap:
         )
         own = self._own_bytes(static.own_addresses)
         at = slot * self._stride
-        stamp = int.from_bytes(
-            self._memory[at:][self._stamp], sys.byteorder
-        )  # kept: frames that carry it are under way
+        stamp = bytes(self._memory[at:][self._stamp])  # kept over a restart: frames that carry it are under way
         packed = self._static.pack(
             self._clock.span(static.established_idle_s),
             self._clock.span(static.established_max_s),
@@ -118,7 +122,7 @@ class ConfigMap:
             *static.dns_ports,
             len(own) // 16,
             flags,
-            (stamp or secrets.randbits(31) + 1) if static.xdp else 0,
+            (stamp if any(stamp) else _new_stamp()) if static.xdp else bytes(STAMP_BYTES),
             own,
         )
         self._memory[at + self._static_from : at + self._size] = packed[self._static_from :]

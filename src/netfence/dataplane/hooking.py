@@ -2,7 +2,7 @@
 
 Owns the choice between tcx and clsact and the names under ``links/``. Everything here blocks (tcx waits for RCU).
 
-XDP never stands alone: it drops early, and the TC filter behind it judges whatever came around it (decision 0013).
+XDP never stands alone: it drops early, and the TC filter behind it judges whatever came around it (decision 0012).
 So TC goes on first and comes off last, and an XDP program that somebody takes away opens nothing.
 """
 
