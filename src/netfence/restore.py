@@ -125,7 +125,16 @@ async def _hook(lifecycle: Lifecycle, live: Live) -> None:
     if row.boot_id == parts.boot_id or row.id in parts.plane.pinned():
         await lifecycle.hook_again(live)
         return
-    mechanism = await parts.plane.attach(row.slot, live.target, lifecycle.static(live), live.direction, row.id)
+    static = lifecycle.static(live)
+    try:
+        mechanism = await parts.plane.attach(row.slot, live.target, static, live.direction, row.id)
+    except PreconditionError as error:
+        if not static.xdp:
+            raise
+        # The MTU is another, or somebody else has a program there: TC minds neither, and open it must not stay.
+        live.attachment.log.exception("xdp_not_attached", error=str(error), effect="TC alone fences it")
+        without = replace(static, xdp=False)
+        mechanism = await parts.plane.attach(row.slot, live.target, without, live.direction, row.id)
     live.hooked = True
     live.attachment.row = replace(live.row, mechanism=mechanism)
 

@@ -23,6 +23,7 @@ from netfence.control.local import NoControl
 from netfence.control.outbox import Outbox, Result
 from netfence.control.peek import head_of
 from netfence.control.port import AttachmentView, FirstPolicy, UnsubscribeReason
+from netfence.dataplane.config import Static
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer
 from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
@@ -77,12 +78,12 @@ class FakePlane:
         self.freed.append(slot)
         self.free.add(slot)
 
-    async def attach(self, slot: int, target: Target, static: object, direction: Direction | None, name: str) -> str:
-        del slot, static, direction
+    async def attach(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> str:
+        del slot, direction
         await asyncio.sleep(0)
-        self._called("attach")
+        self._called("attach xdp" if static.xdp else "attach")
         self.hooked[name] = key_of(target)[1]
-        return "tcx"
+        return "xdp-native" if static.xdp else "tcx"
 
     async def restore(self, slot: int, target: Target, static: object, direction: Direction | None, name: str) -> bool:
         del slot, static, direction

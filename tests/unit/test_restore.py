@@ -145,6 +145,22 @@ def test_what_cannot_be_taken_over_takes_commands_and_is_tried_again(tmp_path: P
     after_restart(tmp_path, work)
 
 
+def test_after_a_reboot_tc_fences_alone_where_xdp_is_refused(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.plane.hooked.clear()
+        bench.plane.fail["attach xdp"] = PreconditionError("the MTU is too large")
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.HOOKED_ANEW: 1})
+        assert [one["effect"] for one in logs if one["event"] == "xdp_not_attached"] == ["TC alone fences it"]
+        live = bench.only()
+        assert live.hooked
+        assert bench.plane.hooked == {live.row.id: 7}
+        (row,) = await bench.store.load()
+        assert (row.hook, row.mechanism) == ("xdp", "tcx")  # what was asked for, and what is
+
+    after_restart(tmp_path, work, boot_id="earlier", hook="xdp")
+
+
 def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         bench.plane.hooked.clear()
