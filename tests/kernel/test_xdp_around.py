@@ -6,30 +6,36 @@ XDP a veth gives packets of a send queue that has no receive queue to the stack 
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from harness import packets
 from harness.deadline import wait_for
 from harness.fence import Attachment, Fence
-from harness.needs import without_link_kind
+from harness.needs import needs, without_link_kind
 from harness.netns import NetNs, veth
-from harness.topology import Topology, Workload
+from harness.topology import BRIDGE_IF, Topology, Workload
 from harness.wire import PacketSender, Tag, on_harness_cpu
 from netfence.dataplane import links, rawprog
 from netfence.dataplane.hooks import clsact
 from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.rawprog import ProgType
 from netfence.policy.modes import Mode, Reason
-from xdp_tools import fenced_by_xdp, queueing, redirecting
+from shape_paths import bridged_port
+from xdp_tools import SIOCETHTOOL, XDP_MTU, fenced_by_xdp, queueing, redirecting
 
 WEB = "203.0.113.80"
 COUNT = 3
+ETHTOOL_SCHANNELS = 0x3D
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def on_egress(fence: Fence, netns: NetNs, ifname: str, insns: bytes) -> Iterator
         yield
 
 
-def assert_judged(topology: Topology, fenced: Attachment, workload: Workload) -> None:
+def assert_judged(topology: Topology, fenced: Attachment, workload: Workload, sentinels: int = 0) -> None:
     """Bracketed: what passes is counted once and arrives, what does not is counted once and does not."""
     for mode, reason in (
         (Mode.DENYLIST, Reason.DEFAULT_PASS),
@@ -62,7 +68,7 @@ def assert_judged(topology: Topology, fenced: Attachment, workload: Workload) ->
         (Mode.DENYLIST, Reason.DEFAULT_PASS),
     ):
         fenced.replace(mode)
-        with fenced.counts(reason, COUNT):
+        with fenced.counts(reason, COUNT + (sentinels if mode is Mode.DISABLED else 0)):
             passes = mode in (Mode.DENYLIST, Mode.DISABLED)
             assert topology.arrived(workload, packets.UDP4, WEB, COUNT) == (COUNT if passes else 0)
 
@@ -92,12 +98,36 @@ def test_packets_that_a_redirect_brought(topology: Topology, fence: Fence, detou
         assert_judged(topology, fenced, detour)
 
 
-def test_packets_of_a_queue_that_nobody_receives(topology: Topology, fence: Fence) -> None:
+@pytest.fixture
+def queues(topology: Topology) -> Iterator[Workload]:
+    """Give a bridged workload whose veth has a second send queue, at rest, and whose host end has one receive queue."""
+    port = bridged_port(topology, mtu=XDP_MTU)
+    netns = NetNs("queues")
+    topology.host.ip(
+        "link add queues0 numtxqueues 2 numrxqueues 2 type veth"
+        f" peer name eth0 numtxqueues 2 numrxqueues 2 netns {netns.path}"
+    )
+    for each, name in ((topology.host, "queues0"), (netns, "eth0")):
+        each.sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+        _use_one_queue(each, name)
+        each.ip(f"link set {name} up")
+    topology.host.ip(f"link set queues0 master {BRIDGE_IF}")
+    sender = PacketSender(netns, "eth0")
+    yield replace(port, host_if="queues0", netns=netns, sender=sender)
+    sender.close()
+    netns.close()
+
+
+def _use_one_queue(netns: NetNs, ifname: str) -> None:
+    channels = array.array("I", [ETHTOOL_SCHANNELS, 0, 0, 0, 0, 1, 1, 0, 0])
+    with netns.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, SIOCETHTOOL, struct.pack("16sP", ifname.encode(), channels.buffer_info()[0]))
+
+
+@needs("channels of a veth")
+def test_packets_of_a_queue_that_nobody_receives(topology: Topology, fence: Fence, queues: Workload) -> None:
     """The queue is chosen behind the kernel's own choice, by a classifier of a qdisc; this takes CAP_BPF."""
-    workload = topology.add_veth()
-    netns = workload.inside
-    (link,) = netns.ip_json("-d", "link", "show", "dev", "eth0")
-    assert link["num_tx_queues"] > 1, "the veth must have a second send queue"
+    netns = queues.inside
     program = rawprog.load_raw(ProgType.SCHED_CLS, queueing(1))
     pin = fence.plane._bpffs_dir / "queueing"
     try:
@@ -105,8 +135,8 @@ def test_packets_of_a_queue_that_nobody_receives(topology: Topology, fence: Fenc
         netns.run("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb", "default", "1")
         netns.run("tc", "class", "add", "dev", "eth0", "parent", "1:", "classid", "1:1", "htb", "rate", "10gbit")
         netns.run("tc", "filter", "add", "dev", "eth0", "parent", "1:", "bpf", "da", "object-pinned", str(pin))
-        with fenced_by_xdp(fence, workload.host_if, "native") as fenced:
-            assert_judged(topology, fenced, workload)
+        with fenced_by_xdp(fence, queues.host_if, "native") as fenced:
+            assert_judged(topology, fenced, queues, sentinels=1)
     finally:
         os.close(program)
         pin.unlink(missing_ok=True)

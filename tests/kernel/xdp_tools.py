@@ -13,7 +13,7 @@ from netfence.dataplane import rawprog
 from netfence.dataplane.hooks import xdp
 
 XDP_MTU = 3000  # a veth wants a frame to fit into a page, with some room around it
-TC_ACT_REDIRECT = 7
+SIOCETHTOOL = 0x8946
 BPF_REDIRECT, BPF_SKB_VLAN_PUSH = 23, 18  # enum bpf_func_id
 QUEUE_MAPPING = 12  # offset in struct __sk_buff
 

@@ -25,6 +25,7 @@ FIRST_KERNEL = {
     "BPF_F_PREORDER of cgroup links": "6.16",
     "BIG TCP over ipv4": "6.3",
     "BIG TCP over ipv6": "5.19",
+    "channels of a veth": "5.15",
 }
 
 LINK_KINDS = {
