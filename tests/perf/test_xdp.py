@@ -1,7 +1,7 @@
 """`xdp-*`: XDP against TC and no filter, behind a veth and behind a tap, for what passes and for what is dropped.
 
 veth: native, and generic as on a device whose driver has no XDP; UDP and TCP
-tap: native (the kernel runs the program before it makes the packet) and generic; frames written by a "VM"
+tap: native and generic; frames written as QEMU does, or by writes that may wait, which go another way in the kernel
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ UDP_PORT, IPERF_PORT = 9, 5201
 SETTLE_S = 5.0
 LOST = 0.02  # native XDP of a veth takes frames from a ring of 256, and what does not fit is lost
 
+KINDS = ["veth", "tap", "tap-waiting"] if FULL else ["veth", "tap"]
 HOOKS = ["none", "tc", "xdp-native", "xdp-generic"]
 
 
@@ -50,6 +51,9 @@ class Lane:
     def __init__(self, directory: Path, kind: str, hook: str) -> None:
         self.topology = Topology()
         self.workload = self.topology.add_veth() if kind == "veth" else self.topology.add_tap()
+        if kind == "tap-waiting":
+            assert self.workload.device is not None
+            self.workload.device.let_writes_wait()
         self._plane: Plane | None = None
         if hook != "none":
             self._attach(directory, hook)
@@ -82,7 +86,7 @@ class Lane:
         self.topology.close()
 
 
-@pytest.fixture(scope="module", params=["veth", "tap"])
+@pytest.fixture(scope="module", params=KINDS)
 def lanes(
     request: pytest.FixtureRequest, pinned_module: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Lane]]:

@@ -33,6 +33,10 @@ class TunTap:
                 raise
         netns.ip(f"link set dev {name} up")
 
+    def let_writes_wait(self) -> None:
+        """Have a tap's XDP program run on the bytes; otherwise, as with QEMU, a packet is made of them first."""
+        os.set_blocking(self._fd, True)
+
     def send(self, packet: bytes) -> None:
         """Send as the workload."""
         os.write(self._fd, packet)
