@@ -20,8 +20,6 @@ ALPHA = 0.05
 """The chance of any false alarm when nothing changed: Benjamini–Hochberg holds it over all tests together."""
 LEAST_ROUNDS = 5
 """With fewer, not even values that lie all apart are significant beside a hundred others: 4 against 4 is 1 in 70."""
-EXACT_ROUNDS = 30
-"""Up to here the exact distribution of U is computed; beyond, the normal one is as good."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +198,7 @@ def _beyond(low: Series, high: Series, share: float, floor: float) -> float:
     distribution too wide, which errs on the side of "not significant".
     """
     limit = [value + abs(value) * share + floor for value in low.values]
-    exact = max(len(low.values), len(high.values)) <= EXACT_ROUNDS
-    method = "exact" if exact else "asymptotic"
-    return float(mannwhitneyu(high.values, limit, alternative="greater", method=method).pvalue)
+    return float(mannwhitneyu(high.values, limit, alternative="greater", method="exact").pvalue)
 
 
 def _decide(tests: list[_Test]) -> Iterator[Change]:

@@ -49,11 +49,11 @@ def _row(change: Change) -> tuple[str, ...]:
 def summary(comparison: Comparison) -> str:
     """Return one paragraph: what was compared with what, how, and how it ended."""
     base = comparison.base
-    counts = ", ".join(f"{comparison.count(state)} {state.value}" for state in State)
+    counts = ", ".join(f"{state.value}: {comparison.count(state)}" for state in State)
     how = (
         "Same CPU model and kernel: absolute values are compared where a benchmark has no base."
         if comparison.same_machine
         else f"Another machine (base: {base.cpu}, {base.kernel}): only ratios taken within each run are compared."
     )
     part = " Not every benchmark ran in both: only what both have is compared." if comparison.partial else ""
-    return f"Against {base.commit} of {base.made}: {counts}. {how}{part}"
+    return f"Against {base.commit} of {base.made} – {counts}. {how}{part}"

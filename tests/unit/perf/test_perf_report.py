@@ -39,7 +39,7 @@ def test_only_a_regression_fails(
     word = {100: "not significant", 30: "improvement", 300: "regression"}[int(value)]
     out = capsys.readouterr().out
     assert f" {word} " in next(line for line in out.splitlines() if "attach-x" in line)
-    assert f"1 {word}" in out
+    assert f"{word}: 1" in out
 
 
 def test_an_unusable_base_is_told_apart_from_a_regression(
