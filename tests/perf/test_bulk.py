@@ -1,8 +1,11 @@
-"""`bulk-*`, `match-*`: big policies. From CIDR texts to switched in; what the event loop pays; domain matching."""
+"""`bulk-*`, `match-*`: big policies. From texts to switched in, one rule more, what the event loop pays; names.
+
+Ours against `nft -f`, which replaces a set of as many elements, or adds one to it (bulk_bench.py).
+"""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import gc
 import random
 import time
@@ -10,36 +13,27 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench_plane import Plane
-from harness.topology import Topology
-from measure import FULL, Series, compare, report
+from bulk_bench import CONTESTANTS, RULES, Bulk, BulkFence
+from measure import FULL, ROUNDS, Series, compare, report
 from netfence.daemon import GC_THRESHOLD
-from netfence.dataplane.plane import Static
-from netfence.dataplane.target import Direction, resolve_interface
-from netfence.policy.commands import BulkUpdate, CidrSpec, DnsSpec, DomainSpec, apply
+from netfence.policy.commands import BulkUpdate, DnsSpec, DomainSpec, apply
 from netfence.policy.modes import DnsMode, Mode
-from netfence.policy.policy import EMPTY, Policy
+from netfence.policy.policy import EMPTY
 
-RULES = 100_000
-TICK_S = 0.001
-LIMIT_MS, BLOCKED_MS = 500, 20
-
-
-def _texts(seed: int) -> list[str]:
-    rng = random.Random(seed)
-    texts = [f"{rng.randrange(1, 224)}.{rng.randrange(256)}.{rng.randrange(256)}.0/24" for _ in range(RULES * 6 // 10)]
-    texts += [f"2001:db8:{rng.randrange(65536):x}:{rng.randrange(65536):x}::/64" for _ in range(RULES - len(texts))]
-    return texts
+LIMIT_MS, BLOCKED_MS, ONE_MORE_MS = 500, 20, 50
+BULK_ROUNDS = ROUNDS if FULL else 1  # an interval set takes nft one to two seconds a round
 
 
-async def _longest_gap(stop: asyncio.Event) -> float:
-    """Tell the longest time the loop kept a timer waiting, in ms."""
-    longest = 0.0
-    while not stop.is_set():
-        before = time.perf_counter()
-        await asyncio.sleep(TICK_S)
-        longest = max(longest, time.perf_counter() - before - TICK_S)
-    return longest * 1000
+@pytest.fixture(scope="module")
+def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bulk]]:
+    """Every contestant on its own host, with a set in force."""
+    with contextlib.ExitStack() as stack:
+        made: dict[str, Bulk] = {}
+        for name, kind in CONTESTANTS.items():
+            made[name] = kind(tmp_path_factory.mktemp(name))
+            stack.callback(made[name].close)
+            made[name].replace()
+        yield made
 
 
 @pytest.fixture
@@ -54,40 +48,26 @@ def _collected_as_in_the_daemon() -> Iterator[None]:
     gc.set_threshold(*before)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_collected_as_in_the_daemon")
-def test_replace(topology: Topology, plane: Plane) -> None:
-    workload = topology.add_veth()
-    with topology.host.inside():
-        target = resolve_interface(workload.host_if)
-    slot = plane.plane.allocate_slot()
-    static = Static(dns_address=bytes([198, 51, 100, 254]), dns_port=11000)
-    plane.run(plane.plane.attach(slot, target, static, Direction.WORKLOAD, "bulk"))
-    blocked = Series("ms")
-    seeds = iter(range(100))
-    current: list[Policy] = []
-
-    async def replace() -> float:
-        specs = [CidrSpec(text, 0) for text in _texts(next(seeds))]
-        bulk = BulkUpdate(mode=int(Mode.ALLOWLIST), allow_cidrs=specs, deny_cidrs=[], dns=None, audit=False)
-        stop = asyncio.Event()
-        gap = asyncio.create_task(_longest_gap(stop))
-        await asyncio.sleep(5 * TICK_S)
-        start = time.perf_counter()
-        policy = await asyncio.to_thread(apply, EMPTY, bulk, time.monotonic())
-        await plane.plane.apply(slot, policy, current[-1] if current else None)
-        elapsed = time.perf_counter() - start
-        stop.set()
-        blocked.values.append(await gap)
-        current[:] = [policy]
-        assert len(policy.cidrs) > 0.9 * RULES
-        return elapsed * 1000
-
-    series = compare("ms", {"netfence": lambda: plane.run(replace())})
-    plane.run(plane.plane.detach(slot, target, "bulk"))
-    report("bulk-replace-100k-text-to-switched", series, rules=RULES)
+def test_replace(lanes: dict[str, Bulk]) -> None:
+    fence = lanes["netfence"]
+    assert isinstance(fence, BulkFence)
+    series = compare("ms", {name: lane.replace for name, lane in lanes.items()}, BULK_ROUNDS)
+    blocked = Series("ms", fence.blocked[-BULK_ROUNDS:])
+    report("bulk-replace-100k-text-to-switched", series, base="netfence", rules=RULES)
     report("bulk-replace-100k-event-loop-blocked", {"netfence": blocked}, rules=RULES)
     assert series["netfence"].median < 2 * LIMIT_MS
     assert blocked.median < 2 * BLOCKED_MS
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("_collected_as_in_the_daemon")
+def test_one_more(lanes: dict[str, Bulk]) -> None:
+    """A single rule, added to what holds 100,000."""
+    series = compare("ms", {name: lane.add for name, lane in lanes.items()}, BULK_ROUNDS)
+    report("bulk-one-rule-into-100k", series, base="netfence", rules=RULES)
+    assert series["netfence"].median < 2 * ONE_MORE_MS
 
 
 def test_domain_match(pinned: int) -> None:
