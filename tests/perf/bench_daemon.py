@@ -42,6 +42,11 @@ def map_mb(daemon: Netfenced) -> float:
     return sum(_memlock(one) for one in _maps(daemon)) / 2**20
 
 
+def leases(daemon: Netfenced) -> int:
+    """Count the leases that are open in the kernel, of all attachments."""
+    return next(len([*one.keys()]) for one in _maps(daemon) if one.spec.name == "leases")
+
+
 def slab_mb() -> float:
     """Return the kernel's unreclaimable slab memory, of the whole machine: tries and hashes are allocated there."""
     lines = Path("/proc/meminfo").read_text().splitlines()

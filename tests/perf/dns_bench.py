@@ -51,7 +51,7 @@ server:
     do-not-query-localhost: no
 {server}
 remote-control:
-    control-enable: no
+    control-enable: {control}
 {rest}
 """
 
@@ -64,16 +64,18 @@ class Server:
     port: int
 
 
-def _upstream() -> str:
+def _upstream(control: Path) -> str:
     lines = [f'    local-zone: "{ZONE}." static']
     for kind, ttl_s in TTLS_S.items():
         lines += [f'    local-data: "h{n}.{kind}.{ZONE}. {ttl_s} IN A 93.184.216.{n + 1}"' for n in range(NAMES)]
-    return UNBOUND.format(port=UPSTREAM_PORT, server="\n".join(lines), rest="")
+    rest = f"    control-interface: {control}\n    control-use-cert: no"
+    return UNBOUND.format(port=UPSTREAM_PORT, server="\n".join(lines), control="yes", rest=rest)
 
 
 def _forwarder() -> str:
     forward = f'forward-zone:\n    name: "."\n    forward-addr: 127.0.0.1@{UPSTREAM_PORT}'
-    return UNBOUND.format(port=UNBOUND_PORT, server=f'    local-zone: "denied.{ZONE}." refuse', rest=forward)
+    server = f'    local-zone: "denied.{ZONE}." refuse'
+    return UNBOUND.format(port=UNBOUND_PORT, server=server, control="no", rest=forward)
 
 
 def _dnsmasq() -> list[str]:
@@ -100,7 +102,7 @@ def _running(netns: NetNs, port: int, argv: Sequence[str], log: Path) -> Iterato
 @contextlib.contextmanager
 def peers(netns: NetNs, directory: Path) -> Iterator[dict[str, Server]]:
     """Run the upstream and the servers that are no fence of ours."""
-    for name, text in (("upstream", _upstream()), ("unbound", _forwarder())):
+    for name, text in (("upstream", _upstream(directory / "control")), ("unbound", _forwarder())):
         (directory / f"{name}.conf").write_text(text)
     rules = "add table inet bench\nadd set inet bench s4 { type ipv4_addr; flags timeout; timeout 1h; }\n"
     (directory / "set.nft").write_text(rules)
@@ -115,6 +117,14 @@ def peers(netns: NetNs, directory: Path) -> Iterator[dict[str, Server]]:
             "dnsmasq-nftset": run("dnsmasq", DNSMASQ_PORT, _dnsmasq()),
             "unbound": run("unbound", UNBOUND_PORT, ["unbound", "-d", "-c", str(directory / "unbound.conf")]),
         }
+
+
+def asked_upstream(netns: NetNs, directory: Path) -> int:
+    """Count the queries that came to the upstream, by whomever: what a cache answers does not."""
+    told = netns.run("unbound-control", "-c", str(directory / "upstream.conf"), "stats_noreset").stdout
+    found = re.search(r"^total\.num\.queries=(\d+)$", told, re.MULTILINE)
+    assert found is not None, told
+    return int(found[1])
 
 
 def nft_elements(netns: NetNs) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dns_bench import KINDS, NAMES, Asker, Fenced, Server, load, nft_elements, peers, write_names
+from bench_daemon import leases
+from dns_bench import KINDS, NAMES, Asker, Fenced, Server, asked_upstream, load, nft_elements, peers, write_names
 from harness.topology import Topology
 from measure import CPU, FULL, Series, compare, ratio, report
 
@@ -19,17 +20,21 @@ SECONDS = 0.5 if FULL else 0.1
 QUERIES = {"udp": 4_000, "tcp": 1_000} if FULL else {"udp": 500, "tcp": 100}
 MANY = 100 if FULL else 10
 STATES = {"cached": "warm", "uncached": "cold", "refused": "denied"}
+JOINED = 0.01  # queries for a name that is in the air already may wait for its answer
 FAR_OFF = 0.15  # of unbound; the figures are 0.6 to 3
 
 
 class Contestants:
     """Every server, and for ours what was asked of them."""
 
-    def __init__(self, topology: Topology, one: Fenced, many: Fenced, others: dict[str, Server], names: Path) -> None:
+    def __init__(
+        self, topology: Topology, one: Fenced, many: Fenced, others: dict[str, Server], directory: Path
+    ) -> None:
         self.host = topology.host
+        self._directory = directory
         self.ours = {1: one, MANY: many}
         self._others = others
-        self.names = write_names(names)
+        self.names = write_names(directory)
         self.asker = Asker(topology.host)
 
     def each(self, run: Callable[[str, Server], float], *without: str) -> dict[str, Callable[[], float]]:
@@ -37,6 +42,17 @@ class Contestants:
         turns = {f"netfence-{count}": itertools.cycle(fenced.servers.values()) for count, fenced in self.ours.items()}
         turns |= {name: itertools.cycle([server]) for name, server in self._others.items() if name not in without}
         return {name: functools.partial(lambda name, turn: run(name, next(turn)), name, turns[name]) for name in turns}
+
+    def check_who_answered(self, state: str, run: Callable[[], int]) -> None:
+        """Run something that returns how many queries were answered; fail where the state is another than is told."""
+        before = asked_upstream(self.host, self._directory)
+        answered = run()
+        upstream = asked_upstream(self.host, self._directory) - before
+        if state == "uncached":
+            assert upstream >= answered * (1 - JOINED), f"{answered} answers, and upstream was asked {upstream} times only"
+        else:  # before a cache is full, each name is asked for once
+            most = 0 if state == "refused" else NAMES
+            assert upstream <= most, f"upstream was asked {upstream} times for what is {state}"
 
     def tell(self, title: str, series: dict[str, Series], **sizes: object) -> None:
         """Report our daemon with one attachment, and with many, against the same rounds of the others."""
@@ -73,15 +89,24 @@ def test_rate(contestants: Contestants, state: str, transport: str) -> None:
     answered: Counter[str] = Counter()
 
     def run(name: str, server: Server) -> float:
-        rate, completed = load(contestants.host, server, contestants.names[kind], KINDS[kind], SECONDS, tcp=tcp)
-        answered[name] += completed
-        return rate
+        rates: list[float] = []
+
+        def once() -> int:
+            rate, completed = load(contestants.host, server, contestants.names[kind], KINDS[kind], SECONDS, tcp=tcp)
+            rates.append(rate)
+            answered[name] += completed
+            return completed
+
+        contestants.check_who_answered(state, once)
+        return rates[0]
 
     series = compare("queries/s", contestants.each(run, *(["dnsmasq-nftset"] if tcp else [])), ROUNDS)
     for attachments, fenced in contestants.ours.items():
         moved = [after - was for was, after in zip(before[attachments], fenced.counted(), strict=True)]
         assert moved[kind == "denied"] >= answered[f"netfence-{attachments}"]
-    assert tcp or kind == "denied" or nft_elements(contestants.host) == NAMES, "dnsmasq filled no set"
+    if kind != "denied":
+        assert all(leases(fenced.daemon) >= NAMES for fenced in contestants.ours.values()), "ours opened no leases"
+        assert tcp or nft_elements(contestants.host) == NAMES, "dnsmasq filled no set"
     contestants.tell(f"dns-{transport}-{state}-rate", series, seconds=SECONDS)
     assert ratio(series["netfence-1"], series["unbound"]).median > FAR_OFF
 
@@ -95,7 +120,13 @@ def test_latency(contestants: Contestants, state: str, transport: str) -> None:
     ask = contestants.asker.tcp_us if transport == "tcp" else contestants.asker.udp_us
 
     def run(name: str, server: Server) -> float:
-        times = ask(server, STATES[state], QUERIES[transport])
+        times: list[float] = []
+
+        def once() -> int:
+            times.extend(ask(server, STATES[state], QUERIES[transport]))
+            return len(times)
+
+        contestants.check_who_answered(state, once)
         p99s[name].append(times[len(times) * 99 // 100])
         return times[len(times) // 2]
 
