@@ -49,7 +49,9 @@ class Contestants:
         answered = run()
         upstream = asked_upstream(self.host, self._directory) - before
         if state == "uncached":
-            assert upstream >= answered * (1 - JOINED), f"{answered} answers, and upstream was asked {upstream} times only"
+            assert upstream >= answered * (1 - JOINED), (
+                f"{answered} answers, and upstream was asked {upstream} times only"
+            )
         else:  # before a cache is full, each name is asked for once
             most = 0 if state == "refused" else NAMES
             assert upstream <= most, f"upstream was asked {upstream} times for what is {state}"
