@@ -19,6 +19,9 @@ from pathlib import Path
 
 FULL = os.environ.get("NETFENCE_PERF", "smoke") == "full"
 ROUNDS = 9 if FULL else 7
+SLOW_ROUNDS = 8 if FULL else 1
+"""Of what takes seconds a round: the fewest with which one regression alone is seen among all that a run tests
+(gate.py): eight that lie all apart from eight others are p = 1/12,870, and a run tests 350."""
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "report.jsonl"
 CPU = max(os.sched_getaffinity(0))

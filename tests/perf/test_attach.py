@@ -14,7 +14,7 @@ from bench_plane import Plane
 from harness.cgroup import Cgroup
 from harness.daemon import Netfenced
 from harness.topology import Topology, Workload
-from measure import CPU, FULL, Series, compare, report
+from measure import CPU, FULL, SLOW_ROUNDS, Series, compare, report
 from netfence.dataplane.plane import Static
 from netfence.dataplane.target import Direction, resolve_interface
 from netfence.policy.commands import BulkUpdate, CidrSpec, apply
@@ -23,7 +23,6 @@ from netfence.policy.policy import EMPTY
 
 ROUNDS = 30 if FULL else 7
 MANY = 100 if FULL else 10
-MANY_ROUNDS = 7 if FULL else 1
 LIMITS_MS = {"tcx": 2 * 70, "xdp": 4 * 70, "cgroup": 3 * 10, "clsact-data-plane": 3 * 10}
 CIDRS = [f"10.{n}.0.0/16" for n in range(20)]
 POLICY = {
@@ -150,7 +149,7 @@ def test_many_interfaces_one_after_the_other(many: Sequence[str], daemon: Netfen
         assert not daemon.attachments()
         return MANY / sum(took)
 
-    series = compare("attachments/s", {"attach": run}, MANY_ROUNDS)
+    series = compare("attachments/s", {"attach": run}, SLOW_ROUNDS)
     for one in (detached, firsts, lasts):
         del one.values[0]  # of the round that is not measured
     report("attach-many-interfaces", {**series, "detach": detached}, attachments=MANY, cpu_pinned=CPU)

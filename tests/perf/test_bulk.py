@@ -14,14 +14,13 @@ from collections.abc import Iterator
 import pytest
 
 from bulk_bench import CONTESTANTS, RULES, Bulk, BulkFence
-from measure import FULL, ROUNDS, Series, compare, report
+from measure import FULL, SLOW_ROUNDS, Series, compare, report
 from netfence.daemon import GC_THRESHOLD
 from netfence.policy.commands import BulkUpdate, DnsSpec, DomainSpec, apply
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY
 
 LIMIT_MS, BLOCKED_MS, ONE_MORE_MS = 500, 20, 50
-BULK_ROUNDS = ROUNDS if FULL else 1  # an interval set takes nft one to two seconds a round
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,8 @@ def _collected_as_in_the_daemon() -> Iterator[None]:
 def test_replace(lanes: dict[str, Bulk]) -> None:
     fence = lanes["netfence"]
     assert isinstance(fence, BulkFence)
-    series = compare("ms", {name: lane.replace for name, lane in lanes.items()}, BULK_ROUNDS)
-    blocked = Series("ms", fence.blocked[-BULK_ROUNDS:])
+    series = compare("ms", {name: lane.replace for name, lane in lanes.items()}, SLOW_ROUNDS)
+    blocked = Series("ms", fence.blocked[-SLOW_ROUNDS:])
     report("bulk-replace-100k-text-to-switched", series, base="netfence", rules=RULES)
     report("bulk-replace-100k-event-loop-blocked", {"netfence": blocked}, rules=RULES)
     assert series["netfence"].median < 2 * LIMIT_MS
@@ -65,7 +64,7 @@ def test_replace(lanes: dict[str, Bulk]) -> None:
 @pytest.mark.usefixtures("_collected_as_in_the_daemon")
 def test_one_more(lanes: dict[str, Bulk]) -> None:
     """A single rule, added to what holds 100,000."""
-    series = compare("ms", {name: lane.add for name, lane in lanes.items()}, BULK_ROUNDS)
+    series = compare("ms", {name: lane.add for name, lane in lanes.items()}, SLOW_ROUNDS)
     report("bulk-one-rule-into-100k", series, base="netfence", rules=RULES)
     assert series["netfence"].median < 2 * ONE_MORE_MS
 

@@ -13,9 +13,8 @@ import pytest
 from bench_daemon import leases
 from dns_bench import KINDS, NAMES, Asker, Fenced, Server, asked_upstream, load, nft_elements, peers, write_names
 from harness.topology import Topology
-from measure import CPU, FULL, Series, compare, ratio, report
+from measure import CPU, FULL, SLOW_ROUNDS, Series, compare, ratio, report
 
-ROUNDS = 7 if FULL else 1
 SECONDS = 0.5 if FULL else 0.1
 QUERIES = {"udp": 4_000, "tcp": 1_000} if FULL else {"udp": 500, "tcp": 100}
 MANY = 100 if FULL else 10
@@ -102,7 +101,7 @@ def test_rate(contestants: Contestants, state: str, transport: str) -> None:
         contestants.check_who_answered(state, once)
         return rates[0]
 
-    series = compare("queries/s", contestants.each(run, *(["dnsmasq-nftset"] if tcp else [])), ROUNDS)
+    series = compare("queries/s", contestants.each(run, *(["dnsmasq-nftset"] if tcp else [])), SLOW_ROUNDS)
     for attachments, fenced in contestants.ours.items():
         moved = [after - was for was, after in zip(before[attachments], fenced.counted(), strict=True)]
         assert moved[kind == "denied"] >= answered[f"netfence-{attachments}"]
@@ -132,8 +131,8 @@ def test_latency(contestants: Contestants, state: str, transport: str) -> None:
         p99s[name].append(times[len(times) * 99 // 100])
         return times[len(times) // 2]
 
-    series = compare("µs", contestants.each(run), ROUNDS)
+    series = compare("µs", contestants.each(run), SLOW_ROUNDS)
     contestants.tell(f"dns-{transport}-{state}-p50", series, queries=QUERIES[transport])
-    tails = {name: Series("µs", values[-ROUNDS:]) for name, values in p99s.items()}
+    tails = {name: Series("µs", values[-SLOW_ROUNDS:]) for name, values in p99s.items()}
     contestants.tell(f"dns-{transport}-{state}-p99", tails, queries=QUERIES[transport])
     assert ratio(series["netfence-1"], series["unbound"]).median < 1 / FAR_OFF

@@ -13,7 +13,7 @@ import pytest
 
 from harness.deadline import wait_for
 from harness.spawn import spawn, stop
-from measure import CPU, FULL, compare, ratio, report
+from measure import CPU, FULL, SLOW_ROUNDS, compare, ratio, report
 from path_bench import BATCH, DENIED, FILTERS, SERVER, Blaster, Filter, received
 
 RULES = (10, 10_000, 100_000) if FULL else (1_000,)
@@ -21,7 +21,7 @@ TCP_RULES = (10, 100_000) if FULL else (1_000,)
 ROUNDS = 9 if FULL else 5
 PACKETS = (100_000 if FULL else 20_000) // BATCH * BATCH
 TCP_BYTES = (2_000 if FULL else 150) * 1_000_000
-TCP_ROUNDS = 7 if FULL else 3
+TCP_ROUNDS = SLOW_ROUNDS if FULL else 3
 IN_THE_AIR = 32_000_000  # sent, and not yet read when iperf3 adds up
 UDP_PORT, IPERF_PORT = 9, 5201
 DENIED_PACKETS = BATCH

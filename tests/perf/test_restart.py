@@ -13,11 +13,9 @@ from bench_daemon import idle_interfaces
 from harness.daemon import Netfenced
 from harness.deadline import wait_for
 from harness.topology import Topology
-from measure import CPU, FULL, Series, compare, report
+from measure import CPU, FULL, SLOW_ROUNDS, Series, compare, report
 
 ATTACHMENTS = (1, 10, 100) if FULL else (1, 10)
-ROUNDS = 7 if FULL else 1
-FIRST_ROUNDS = 7 if FULL else 1
 LIMIT_S = 20
 POLICY = {"default": {"mode": "allowlist", "allow_cidrs": [f"10.{n}.0.0/16" for n in range(20)]}}
 
@@ -64,9 +62,9 @@ def test_restart(daemon: Netfenced, interfaces: list[str], attachments: int) -> 
         return open_again
 
     ways = {"sigterm": daemon.stop, "kill-9": daemon.kill}
-    series = compare("s", {how: lambda how=how, end=end: restart(how, end) for how, end in ways.items()}, ROUNDS)  # type: ignore[misc]
+    series = compare("s", {how: lambda how=how, end=end: restart(how, end) for how, end in ways.items()}, SLOW_ROUNDS)  # type: ignore[misc]
     report("restart-api-open", series, attachments=attachments, cpu_pinned=CPU)
-    whole = {how: Series("s", values[-ROUNDS:]) for how, values in taken_over.items()}
+    whole = {how: Series("s", values[-SLOW_ROUNDS:]) for how, values in taken_over.items()}
     report("restart-all-in-force", whole, attachments=attachments, cpu_pinned=CPU)
     assert series["kill-9"].median < LIMIT_S
 
@@ -87,7 +85,7 @@ def test_first_start(topology: Topology, pinned_module: int, tmp_path: Path) -> 
             second.append(time.perf_counter() - began)
         return elapsed
 
-    compiling = Series("s", [start(number) for number in range(FIRST_ROUNDS)])
+    compiling = Series("s", [start(number) for number in range(SLOW_ROUNDS)])
     told = {"compiling": compiling, "programs-there": Series("s", second)}
     report("restart-first-start", told, base="compiling", attachments=0, cpu_pinned=CPU)
     assert compiling.median < LIMIT_S

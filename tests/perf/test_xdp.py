@@ -23,7 +23,7 @@ from harness.deadline import wait_for
 from harness.spawn import spawn, stop
 from harness.topology import Topology
 from harness.wire import Tag
-from measure import CPU, FULL, compare, report
+from measure import CPU, FULL, SLOW_ROUNDS, compare, report
 from netfence.dataplane.plane import Static
 from netfence.dataplane.target import Direction, resolve_interface
 from netfence.policy.cidr import NEVER, CidrTable, parse_cidr
@@ -36,7 +36,7 @@ RULES = 1_000
 ROUNDS = 9 if FULL else 5
 PACKETS = (100_000 if FULL else 6_400) // BATCH * BATCH
 TCP_BYTES = (1_000 if FULL else 60) * 1_000_000
-TCP_ROUNDS = 7 if FULL else 3
+TCP_ROUNDS = SLOW_ROUNDS if FULL else 3
 UDP_PORT, IPERF_PORT = 9, 5201
 SETTLE_S = 5.0
 LOST = 0.02  # native XDP of a veth takes frames from a ring of 256, and what does not fit is lost
