@@ -3,6 +3,7 @@
     perf_report.py check BASE --size full          can this run be compared with BASE? before half an hour of measuring
     perf_report.py write [--compare BASE]          report.jsonl to report.json and report.html
     perf_report.py compare BASE NEW [--html FILE]  two reports, nothing measured
+    perf_report.py peers [REPORT]                  all of ours against all peers, as a Markdown table
 
 Exit status: 1 if something of ours got worse than BASE, 0 if not, 2 if BASE (or another file) is not usable.
 """
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 from measure import REPORT
-from perfreport import gate, model, page, terminal
+from perfreport import gate, markdown, model, page, terminal
 
 REGRESSION, UNUSABLE = 1, 2
 
@@ -44,6 +45,11 @@ def _write(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     return _tell(model.load(arguments.new), arguments.base, arguments.html)
+
+
+def _peers(arguments: argparse.Namespace) -> int:
+    print(markdown.peers_table(model.load(arguments.report)), end="")  # noqa: T201 - a command
+    return 0
 
 
 def _tell(run: model.Run, base: Path | None, html: Path | None) -> int:
@@ -77,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("new", type=Path)
     compare.add_argument("--html", type=Path)
     compare.set_defaults(do=_compare)
+    peers = commands.add_parser("peers", help="print all of ours against all peers as a Markdown table")
+    peers.add_argument("report", type=Path, nargs="?", default=REPORT.with_suffix(".json"))
+    peers.set_defaults(do=_peers)
     return parser
 
 

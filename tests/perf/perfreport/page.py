@@ -58,6 +58,7 @@ def page(run: Run, comparison: Comparison | None = None) -> str:
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         sections=_sections(run, behind),
         matches=matches,
+        peers_summary=peers.summary(matches),
         Standing=peers.Standing,
         State=State,
         comparison=comparison,

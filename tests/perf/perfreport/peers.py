@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,6 +34,16 @@ def matches(run: Run) -> list[Match]:
     """Return all pairs of ours and others that ran in the same rounds, where we are behind first."""
     order = list(Standing)
     return sorted((match for result in run.results for match in _of(result)), key=lambda one: order.index(one.standing))
+
+
+def summary(found: Sequence[Match]) -> str:
+    """Return the sentence that sums up how we stand against peers, those that do nothing left out."""
+    against = [match for match in found if match.other not in LIMITS]
+    counts = {standing: sum(match.standing is standing for match in against) for standing in Standing}
+    return (
+        f"Behind a peer in {counts[Standing.BEHIND]} of {len(against)} comparisons, "
+        f"ahead in {counts[Standing.AHEAD]}, no significant difference in {counts[Standing.SAME]}."
+    )
 
 
 def _of(result: Result) -> Iterator[Match]:

@@ -201,6 +201,18 @@ def test_one_regression_among_a_hundred_and_fifty_is_seen() -> None:
     assert [change.result.name for change in comparison.changes if change.fails] == ["attach-77"]
 
 
+@pytest.mark.parametrize(("fewer", "seen"), [(0, True), (1, False)])
+def test_the_rounds_of_slow_benchmarks_are_the_fewest_with_which_one_alone_is_seen(fewer: int, seen: bool) -> None:
+    """Among 350: what is said beside SLOW_ROUNDS in measure.py, whose value here is that of full sizes."""
+    count = 8 - fewer
+    names = [f"dns-{number}" for number in range(350)]
+
+    def with_one(value: float) -> Run:
+        return run(*(attach(rounds(value if name == "dns-77" else 100)[:count], name=name) for name in names))
+
+    assert compare_runs(with_one(100), with_one(160)).failed is seen
+
+
 def test_noise_alone_gives_no_alarm_though_many_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both runs are drawn alike and nothing is allowed: it is the correction for the number of tests that counts."""
     monkeypatch.setattr(gate, "ALLOWED", {"attach-*": Allowed(0.0)})

@@ -92,3 +92,13 @@ def test_markup_in_names_is_printed_as_it_is(tmp_path: Path, capsys: pytest.Capt
     save(run(result("attach-[red]x", {"netfence": 1}, "ms")), new)
     assert perf_report.main(["compare", str(new), str(new)]) == 0
     assert "attach-[red]x" in capsys.readouterr().out
+
+
+def test_peers_are_printed_as_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    save(run(result("dns-x", {"netfence": 50, "unbound": 100}, "queries/s")), path)
+    assert perf_report.main(["peers", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Behind a peer in 1 of 1 comparisons")
+    assert "| `dns-x` | netfence | unbound |" in out
+    assert perf_report.main(["peers", str(tmp_path / "none.json")]) == 2
