@@ -55,7 +55,9 @@ class Bulk(Filter):
         return took
 
     def add(self) -> float:
-        """Add the next mark to the set; return how long it took, in ms."""
+        """Add the next mark to the set, a whole one; return how long it took, in ms."""
+        if not self.last:
+            self.replace()
         self.last += 1
         took = self._add(mark(self.last))
         self._check(passes=mark(self.last), drops=mark(self.last + 1))

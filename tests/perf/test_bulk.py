@@ -25,13 +25,12 @@ LIMIT_MS, BLOCKED_MS, ONE_MORE_MS = 500, 20, 50
 
 @pytest.fixture(scope="module")
 def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Bulk]]:
-    """Every contestant on its own host, with a set in force."""
+    """Every contestant on its own host."""
     with contextlib.ExitStack() as stack:
         made: dict[str, Bulk] = {}
         for name, kind in CONTESTANTS.items():
             made[name] = kind(tmp_path_factory.mktemp(name))
             stack.callback(made[name].close)
-            made[name].replace()
         yield made
 
 
