@@ -13,7 +13,7 @@ import pytest
 
 from harness.deadline import wait_for
 from harness.spawn import spawn, stop
-from measure import FULL, SLOW_ROUNDS, Series, report
+from measure import FULL, Series, report
 
 HERE = Path(__file__).parent
 DAEMONS = 1000 if FULL else 100
@@ -21,7 +21,7 @@ ATTACHMENTS = 20
 ALL = DAEMONS * ATTACHMENTS
 CONNECT_S = 120.0
 PUSH_LIMIT_S, RECONNECT_LIMIT_S = 10.0, 30.0
-UPDATES = SLOW_ROUNDS if FULL else 3
+UPDATES = 5 if FULL else 3
 
 
 class Program:
