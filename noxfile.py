@@ -8,9 +8,11 @@ Sessions that need root go through sudo where we are not root.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nox
@@ -18,10 +20,13 @@ from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "unit", "kernel", "perf_smoke", "demo"]
+nox.options.sessions = ["lint", "types", "unit", "kernel", "vms", "matrix", "perf_smoke", "demo"]
 
 ROOT = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
+JUNIT = ROOT / "build" / "junit"
+KERNELS = [kernel["series"] for kernel in tomllib.loads((ROOT / "ci/kernels.toml").read_text())["kernel"]]
+GUESTS = [series for series in KERNELS if series != "host"]
 BPF_FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "bpf").glob("*.[ch]"))]
 NO_TESTS = 5  # pytest's exit status when a marker selects nothing
 
@@ -82,8 +87,40 @@ def kernel(session: nox.Session) -> None:
     if session.posargs:
         python(session, *pytest, *session.posargs, root=True)
         return
-    python(session, *pytest, "-n", "2", "-m", "not serial and not nightly", root=True)
-    python(session, *pytest, "-m", "serial and not nightly", root=True, ok=(0, NO_TESTS))
+    JUNIT.mkdir(parents=True, exist_ok=True)
+    for old in JUNIT.glob("host*"):
+        old.unlink()
+    passes = (("-n", "2", "-m", "not serial and not nightly"), ("-m", "serial and not nightly"))
+    failed = []
+    for number, arguments in enumerate(passes, start=1):
+        try:
+            python(session, *pytest, *arguments, f"--junitxml={JUNIT}/host-{number}.xml", root=True, ok=(0, NO_TESTS))
+        except CommandFailed:
+            failed.append(" ".join(arguments))
+    told = {"kernel": "host", "release": os.uname().release, "outcome": "failed" if failed else "passed", "detail": ""}
+    (JUNIT / "host.json").write_text(json.dumps(told), encoding="utf-8")
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+@nox.session
+@nox.parametrize("series", [nox.param(series, id=series) for series in GUESTS])
+def vm(session: nox.Session, series: str) -> None:
+    """Run all of tests/kernel on another kernel, in a virtual machine: minutes with KVM, an hour and a half without."""
+    python(session, "ci/vm_tests.py", series, "--", *session.posargs)
+
+
+@nox.session
+def vms(session: nox.Session) -> None:
+    """Run what a kernel can change of tests/kernel on all other kernels, two machines at a time."""
+    python(session, "ci/vm_tests.py", "--quick", "--", *session.posargs)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Put the kernels' results together, on the terminal and in build/matrix.html; compare them with the README."""
+    results = ("build/junit", "--html", "build/matrix.html", "--kernels", ",".join(KERNELS))
+    python(session, "ci/matrix.py", *results, "--readme", "README.md", "--check", *session.posargs)
 
 
 @nox.session

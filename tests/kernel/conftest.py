@@ -25,6 +25,7 @@ from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.covers import covers
 from harness.daemon import Netfenced
+from harness.deadline import SLOWNESS
 from harness.fresh import Fresh
 from harness.needs import FIRST_KERNEL, earned, needs, version
 from harness.topology import NAMESERVER4, NAMESERVER6, Topology, Workload
@@ -102,6 +103,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
+        if SLOWNESS > 1:
+            limit = item.get_closest_marker("timeout")
+            seconds = limit.args[0] if limit else float(item.config.getini("timeout"))
+            item.add_marker(pytest.mark.timeout(seconds * SLOWNESS), append=False)
         called = getattr(item, "callspec", None)
         test = item.originalname if item.cls is None else f"{item.cls.__name__}::{item.originalname}"
         id_and_values = (called.id, called.params.values()) if called else ()

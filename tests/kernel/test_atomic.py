@@ -14,7 +14,7 @@ import pytest
 
 from flood import FarEnd, flood
 from harness import packets
-from harness.deadline import wait_for
+from harness.deadline import SLOWNESS, wait_for
 from harness.fence import Attachment, Fence, moved
 from harness.topology import INTERNET_IF, UP_IF, Topology, Workload
 from harness.wire import Meter, PacketSender, Sniffer, Tag
@@ -24,8 +24,7 @@ from netfence.policy.policy import EMPTY, Policy
 
 ALLOWED = {"ipv4": "203.0.113.80", "ipv6": "2001:db8:b::80"}
 DENIED = {"ipv4": "203.0.113.81", "ipv6": "2001:db8:b::81"}
-SWITCHES = 200
-RULES = 3000
+SWITCHES, FEWER_SWITCHES, RULES = (200, 40, 3000) if SLOWNESS == 1 else (20, 10, 300)
 
 
 def wait_for_more(fenced: Attachment, reason: Reason | None = None) -> None:
@@ -104,7 +103,7 @@ def test_no_packet_meets_half_a_policy(
     shape = packets.UDP4 if family == "ipv4" else packets.UDP6
     frames = [workload.bytes_of(shape, to, Tag()) for to in (DENIED[family], ALLOWED[family])]
     both = pairs(family)[name]
-    switches = SWITCHES if name == "large-large" else SWITCHES // 5
+    switches = SWITCHES if name == "large-large" else FEWER_SWITCHES
     far_end = FarEnd(topology, [ALLOWED[family], DENIED[family]])
     try:
         with fence.interface(workload.host_if) as fenced:
@@ -157,7 +156,7 @@ def test_a_closed_lease_is_shut_when_the_call_returns(topology: Topology, fence:
     with fence.interface(workload.host_if) as fenced:
         fenced.replace(Mode.ALLOWLIST)
         with flood(workload, frame) as sent:
-            for _ in range(100):
+            for _ in range(SWITCHES // 2):
                 fenced.lease(to)
                 wait_for_more(fenced, Reason.LEASE)
                 fenced.revoke(to)

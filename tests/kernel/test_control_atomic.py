@@ -17,7 +17,7 @@ from harness.topology import Topology, Workload
 from harness.wire import Tag
 from netfence.policy.modes import FIRST_DROP, Reason
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 ALLOWED, DENIED = "203.0.113.80", "203.0.113.81"
 UPDATES = 1000

@@ -36,7 +36,7 @@ from harness.topology import Topology, Workload
 from netfence.api.client import RefusedError
 from netfence.v1 import control_pb2, daemon_pb2, daemon_pb2_grpc
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 ACK_S = 1.5
 SLACK_S = 1.5

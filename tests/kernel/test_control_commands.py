@@ -33,7 +33,7 @@ from harness.topology import Topology, Workload
 from harness.unbound import Unbound
 from netfence.policy.modes import Reason
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 FAMILIES = {"ipv4": (NET4, ONLY4, ONLY6), "ipv6": (NET6, ONLY6, ONLY4)}
 families = pytest.mark.parametrize(("cidr", "it", "other"), FAMILIES.values(), ids=FAMILIES)

@@ -18,7 +18,7 @@ from harness.packets import UDP4
 from harness.spawn import spawn, stop
 from harness.topology import Topology, Workload
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 URL = "127.0.0.1:7443"
 OPEN, OTHER = "203.0.113.0/24", "192.0.2.0/24"

@@ -17,7 +17,7 @@ from harness.controlplane import HANG, ControlPlaneProcess
 from harness.netns import NetNs
 from netfence.v1 import control_pb2, control_pb2_grpc
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 SYNC = control_pb2.DaemonEvent(sync=control_pb2.SyncRequest(daemon_id="d1"))
 

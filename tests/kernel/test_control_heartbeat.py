@@ -20,7 +20,7 @@ from harness.topology import Topology, Workload
 from harness.unbound import Unbound
 from harness.wire import Tag
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 INTERVAL_S = 0.2
 

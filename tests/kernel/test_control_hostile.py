@@ -23,7 +23,7 @@ from harness.services import tcp_echo, web
 from harness.topology import Topology, Workload
 from netfence.v1 import control_pb2, types_pb2
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 API_S = 1.0  # an answer of the local API that waits for nobody
 RSS_MB = 250  # whatever a peer makes the daemon keep

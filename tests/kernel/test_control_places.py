@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 import control_commands as commands
 from control_stage import (
     BOTH,
@@ -30,6 +32,8 @@ from harness.deadline import wait_for
 from harness.fresh import Fresh
 from harness.topology import Workload
 from harness.unbound import Unbound
+
+pytestmark = pytest.mark.userspace
 
 FIRST, SECOND = "203.0.113.81", "203.0.113.82"  # name servers
 ANSWERS = {FIRST: "203.0.113.101", SECOND: "203.0.113.102"}

@@ -19,7 +19,7 @@ from harness.deadline import wait_for
 from harness.topology import Topology, Workload
 from harness.unbound import Unbound
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 QUERY_S = 2.0
 SO_RCVBUFFORCE = 33

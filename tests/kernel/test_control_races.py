@@ -17,7 +17,7 @@ from harness.deadline import wait_for
 from harness.topology import Topology, Workload
 from netfence.api.client import RefusedError, UnreachableError
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 API_S = 1.0
 

@@ -18,7 +18,7 @@ from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY
 from netfence.v1 import control_pb2
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 RICH_DNS = commands.dns("allowlist", [("Good.Test", True), "*.any.test"], ["bad.good.test"], ["192.0.2.53"])
 RICH = commands.bulk("", "allowlist", [NET4, (NET6, 3600)], ["203.0.113.7", "2001:DB8::1/32"], RICH_DNS, version="rich")

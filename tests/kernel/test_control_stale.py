@@ -18,7 +18,7 @@ from harness.deadline import wait_for
 from harness.fresh import Fresh
 from harness.topology import Workload
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 STALE_S = 2.0
 SLACK_S = 1.0

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 import control_commands as commands
 from control_stage import (
     BOTH,
@@ -26,6 +28,8 @@ from harness.controlplane import ControlPlaneProcess
 from harness.daemon import host_port
 from harness.deadline import wait_for
 from harness.fresh import Fresh
+
+pytestmark = pytest.mark.userspace
 
 
 def test_a_control_plane_that_comes_up_in_time(fresh: Fresh, tmp_path: Path) -> None:

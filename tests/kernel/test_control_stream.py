@@ -33,7 +33,7 @@ from harness.topology import Topology, Workload
 from harness.unbound import Unbound
 from netfence.v1 import types_pb2
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 CONNECTED, CONNECTING = types_pb2.CONNECTION_STATE_CONNECTED, types_pb2.CONNECTION_STATE_CONNECTING
 

@@ -20,7 +20,7 @@ from harness.fresh import Fresh
 from harness.topology import Topology, Workload
 from netfence.api.client import RefusedError
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 SERVER = "203.0.113.80"
 ADDRESS = f"{SERVER}:50051"

@@ -12,7 +12,7 @@ from harness.cgroup import Cgroup
 from harness.deadline import wait_for
 from harness.topology import Topology
 
-pytestmark = pytest.mark.timeout(150)  # a reconnect may take 30 s
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
 
 SECOND = 1.0  # semantics.md 23
 SLACK_S = 0.5

@@ -20,6 +20,8 @@ from harness.daemon import PROGRAM
 from harness.fresh import Fresh
 from harness.topology import DNS4, Topology, Workload
 
+pytestmark = pytest.mark.userspace
+
 
 @pytest.fixture(scope="module")
 def daemon(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fenced]:

@@ -26,6 +26,8 @@ from netfence.api.client import RefusedError
 from netfence.policy.modes import Reason
 from netfence.v1 import daemon_pb2, daemon_pb2_grpc, types_pb2
 
+pytestmark = pytest.mark.userspace
+
 OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
 OPEN: dict[str, Any] = {"default": {"mode": "disabled"}}
 BLOCK: dict[str, Any] = {"default": {"mode": "block_all"}}

@@ -23,6 +23,8 @@ from netfence.policy.modes import Reason
 from netfence.store import DATABASE
 from netfence.v1 import types_pb2
 
+pytestmark = pytest.mark.userspace
+
 OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
 LEARNED4 = "203.0.113.80"
 POLICY: dict[str, Any] = {

@@ -6,6 +6,8 @@ import pytest
 
 import readme_session
 
+pytestmark = pytest.mark.userspace
+
 
 @pytest.mark.parametrize("name", readme_session.SESSIONS)
 def test_the_readmes_session_is_real(name: str) -> None:

@@ -102,35 +102,31 @@ def _socket_sender(topology: Topology, sockets: dict[str, RemoteSocket]) -> Call
 
 
 @pytest.fixture(scope="module")
-def fences(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fence]]:
-    with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(Fence(topology, tmp_path_factory.mktemp(name), tcx=tcx))
-            for name, tcx in (("tcx", True), ("clsact", False), ("xdp", None))
-        }
-
-
-@pytest.fixture(scope="module")
 def gate(
-    request: pytest.FixtureRequest, topology: Topology, fences: dict[str, Fence], workload: Workload, agent: Agent
+    request: pytest.FixtureRequest,
+    topology: Topology,
+    workload: Workload,
+    agent: Agent,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Gate]:
     """Fence the way that the parameter names, for as long as tests with it run."""
     mechanism, _, side = request.param.partition("-")
-    if mechanism == "cgroup":
-        with _cgroup_gate(topology, fences["tcx"], workload) as made:
-            yield made
-        return
-    if mechanism == "xdp":
-        # Bridged, so that the sentinel goes through the fence: native XDP of a veth has a queue of its own.
-        sender = bridged_port(topology, mtu=XDP_MTU)
-        with fenced_by_xdp(fences["xdp"], sender.host_if, side) as attachment:
+    tcx = {"tcx": True, "clsact": False}.get(mechanism)
+    with contextlib.ExitStack() as stack:
+        fence = stack.enter_context(Fence(topology, tmp_path_factory.mktemp(mechanism), tcx=tcx))
+        if mechanism == "cgroup":
+            yield stack.enter_context(_cgroup_gate(topology, fence, workload))
+        elif mechanism == "xdp":
+            # Bridged, so that the sentinel goes through the fence: native XDP of a veth has a queue of its own.
+            sender = bridged_port(topology, mtu=XDP_MTU)
+            attachment = stack.enter_context(fenced_by_xdp(fence, sender.host_if, side))
             yield Gate(attachment, _packet_sender(topology, sender), sentinels=1)
-        return
-    direction = Direction.WORKLOAD if side == "ingress" else Direction.HOST
-    sender = workload if side == "ingress" else topology.host_workload()
-    with fences[mechanism].interface(sender.host_if, direction) as attachment:
-        assert attachment.mechanism == mechanism
-        yield Gate(attachment, _packet_sender(topology, sender), sentinels=int(side == "egress"))
+        else:
+            direction = Direction.WORKLOAD if side == "ingress" else Direction.HOST
+            sender = workload if side == "ingress" else topology.host_workload()
+            attachment = stack.enter_context(fence.interface(sender.host_if, direction))
+            assert attachment.mechanism == mechanism
+            yield Gate(attachment, _packet_sender(topology, sender), sentinels=int(side == "egress"))
 
 
 @contextlib.contextmanager
@@ -293,6 +289,22 @@ STORIES: dict[str, list[Step]] = {
 }
 
 
+@pytest.mark.parametrize("start_mode", [Mode.BLOCK_ALL, Mode.DISABLED], ids=["block_all", "disabled"])
+def test_start_mode_holds_until_the_first_policy(
+    topology: Topology, workload: Workload, tmp_path: Path, start_mode: Mode
+) -> None:
+    reason = Reason.START if start_mode is Mode.BLOCK_ALL else Reason.DISABLED
+    with Fence(topology, tmp_path, start_mode=start_mode) as fence, fence.interface(workload.host_if) as attachment:
+        gate = Gate(attachment, _packet_sender(topology, workload))
+        for family in SHAPES:
+            gate.expect(family, reason)
+        attachment.replace(Mode.ALLOWLIST, audit=True)
+        with attachment.counts(Reason.DEFAULT_DROP, COUNT, would=True):
+            assert gate.send("ipv4")[0] == COUNT
+        attachment.replace(Mode.ALLOWLIST)
+        gate.expect("ipv4", Reason.DEFAULT_DROP)
+
+
 @pytest.mark.parametrize("story", STORIES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", SHAPES)
@@ -348,19 +360,3 @@ def test_audit_drops_nothing_and_counts_what_would_be(gate: Gate, family: str) -
         gate.expect(family, reason)
     attachment.replace(Mode.ALLOWLIST, allow=[net.near], audit=True)
     gate.expect(family, ALLOWED)
-
-
-@pytest.mark.parametrize("start_mode", [Mode.BLOCK_ALL, Mode.DISABLED], ids=["block_all", "disabled"])
-def test_start_mode_holds_until_the_first_policy(
-    topology: Topology, workload: Workload, tmp_path: Path, start_mode: Mode
-) -> None:
-    reason = Reason.START if start_mode is Mode.BLOCK_ALL else Reason.DISABLED
-    with Fence(topology, tmp_path, start_mode=start_mode) as fence, fence.interface(workload.host_if) as attachment:
-        gate = Gate(attachment, _packet_sender(topology, workload))
-        for family in SHAPES:
-            gate.expect(family, reason)
-        attachment.replace(Mode.ALLOWLIST, audit=True)
-        with attachment.counts(Reason.DEFAULT_DROP, COUNT, would=True):
-            assert gate.send("ipv4")[0] == COUNT
-        attachment.replace(Mode.ALLOWLIST)
-        gate.expect("ipv4", Reason.DEFAULT_DROP)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
 
-DEFAULT_TIMEOUT_S = 10.0
+SLOWNESS = 10 if os.environ.get("NETFENCE_EMULATED") else 1
+"""How many times longer than on hardware a thing may take before it hangs; ci/vm.py tells where we are emulated."""
+
+DEFAULT_TIMEOUT_S = 10.0 * SLOWNESS
 POLL_S = 0.005
 
 

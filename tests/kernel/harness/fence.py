@@ -25,6 +25,7 @@ from harness import warm
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
 from harness.topology import Topology
+from netfence.config import Dns
 from netfence.dataplane.cgroups import CgroupTarget, resolve_cgroup
 from netfence.dataplane.plane import Counters, DataPlane, Static
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer, host_addresses, resolve_interface
@@ -38,7 +39,7 @@ OWN_DNS = ("198.51.100.254", 11000)
 BACKGROUND = frozenset({Reason.ARP, Reason.NEIGHBOUR})
 """What namespaces send by themselves, and the harness as sentinel: counted against a test only where it names them."""
 
-MAX_LEASES = 4096
+MAX_LEASES = Dns().max_leases_total  # as the daemon's: what one of them compiled, the other takes over
 
 T = TypeVar("T")
 

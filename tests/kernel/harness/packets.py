@@ -7,6 +7,7 @@ A `Shape` says what a packet looks like, not whom it is for: `shape.packet(...)`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,7 @@ class Shape:
 
     def packet(self, source: str, destination: str, tag: Tag) -> bytes:
         """Build the bytes from the IP header on."""
-        return bytes(self.build(source, destination, tag.payload))[: self.cut]
+        return _built(self.build, source, destination).replace(_ANY.payload, tag.payload)[: self.cut]
 
     def frame(self, source: str, destination: str, tag: Tag, to_mac: bytes) -> bytes:
         """Build a frame from the tag's own MAC to `to_mac` (6 bytes)."""
@@ -73,6 +74,15 @@ class Shape:
 
     def __str__(self) -> str:
         return self.name
+
+
+_ANY = Tag()
+
+
+@functools.cache
+def _built(build: Build, source: str, destination: str) -> bytes:
+    """Have scapy build a packet once (0.7 ms, emulated ten times that), since the checksum is the same for all tags."""
+    return bytes(build(source, destination, _ANY.payload))
 
 
 def ip(family: int, source: str, destination: str, **fields: Any) -> Any:

@@ -63,8 +63,9 @@ class Tag:
 
     @property
     def payload(self) -> bytes:
-        """Bytes that occur in no other packet (24)."""
-        return b"netfence-tag:" + self.unique.hex().encode() + b";"
+        """Bytes that occur in no other packet (34, printable), of which every tag's add up to the same checksum."""
+        text = self.unique.hex().encode()
+        return b"netfence-tag:" + text + bytes(ord("0") + ord("f") - octet for octet in text) + b";"
 
     @property
     def mac(self) -> bytes:

@@ -48,9 +48,14 @@ def run_by(job: dict[str, Any]) -> set[str]:
     return named
 
 
+def without_parameters(names: set[str]) -> set[str]:
+    return {re.sub(r"\(.*\)", "", each) for each in names}
+
+
 def test_every_session_named_exists_and_every_session_is_named(jobs: dict[str, Any]) -> None:
     named = set().union(*map(run_by, jobs.values()))
-    assert {re.sub(r"\(.*\)", "", each) for each in named} - {"vm"} == sessions() - {"vm"}
+    # One job for each kernel does what `vms` does on one machine.
+    assert without_parameters(named) == without_parameters(sessions()) - {"vms"}
     assert len(run_by(jobs["session"])) >= 6
 
 
@@ -58,10 +63,8 @@ def kernels() -> list[str]:
     return [each["series"] for each in tomllib.loads((ROOT / "ci/kernels.toml").read_text())["kernel"]]
 
 
-def test_every_kernel_has_a_job_and_is_expected_of_the_matrix(text: str, jobs: dict[str, Any]) -> None:
+def test_every_kernel_has_a_job(jobs: dict[str, Any]) -> None:
     assert run_by(jobs["vm"]) == {f"vm({series})" for series in kernels() if series != "host"}
-    (expected,) = re.findall(r"--kernels (\S+)", text)
-    assert set(expected.split(",")) == set(kernels())
 
 
 def test_one_failure_stops_no_other_and_nothing_runs_for_ever(jobs: dict[str, Any]) -> None:

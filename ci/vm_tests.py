@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""tests/kernel on other kernels: each in a virtual machine, two machines at a time.
+
+    .venv/bin/python ci/vm_tests.py [--quick] [5.10 …] [-- pytest arguments]
+
+`--quick` leaves out what a kernel cannot change (marker `userspace`: the daemon against control planes, stores, command
+lines): emulated, Python takes ten times as long. Results go to build/junit/<series>.xml and .json, guests' consoles and
+output to build/vm/<series>/. Exit status 0: all passed; 1: tests failed; 3: a guest was lost or a kernel could not be
+had, which is no word on the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import vm
+from infrastructure import EXIT_STATUS, InfrastructureError
+from kernelcache import ensure
+from kernellist import Kernel, load
+from vm import ROOT, Machine, Outcome
+
+JUNIT = ROOT / "build" / "junit"
+SHARES = ROOT / "build" / "vm"
+AT_ONCE = 2
+WHOLE = "not nightly"
+QUICK = f"{WHOLE} and not userspace"
+
+_speak = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one kernel's tests, as the matrix (ci/matrix.py) reads it. `outcome`: one of `Outcome`, or "infrastructure"."""
+
+    kernel: str
+    release: str
+    outcome: str
+    detail: str
+
+    @property
+    def status(self) -> int:
+        """The exit status that this result is worth."""
+        return {Outcome.PASSED: 0, Outcome.FAILED: 1}.get(Outcome(self.outcome), EXIT_STATUS)
+
+
+def run(kernel: Kernel, marked: str, extra: list[str]) -> Result:
+    """Run the tests on one kernel and leave what the matrix reads."""
+    JUNIT.mkdir(parents=True, exist_ok=True)
+    told, junit = JUNIT / f"{kernel.series}.json", JUNIT / f"{kernel.series}.xml"
+    for old in (told, junit):
+        old.unlink(missing_ok=True)
+    tell = teller(kernel.series)
+    result = _run(kernel, marked, extra, tell)
+    made = SHARES / kernel.series / "junit.xml"
+    if made.exists():
+        shutil.copy(made, junit)
+    told.write_text(json.dumps({name: getattr(result, name) for name in Result.__slots__}, indent=1), encoding="utf-8")
+    tell(f"{result.outcome}: {result.detail}")
+    return result
+
+
+def _run(kernel: Kernel, marked: str, extra: list[str], tell: Callable[[str], None]) -> Result:
+    try:
+        installed = ensure(kernel)
+    except InfrastructureError as error:
+        return Result(kernel.series, "?", "infrastructure", str(error))
+    share = SHARES / kernel.series
+    shutil.rmtree(share, ignore_errors=True)
+    command = [
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernel", "-m", marked, "--color=no"),
+        *("--durations=10", f"--junitxml={share}/junit.xml", *extra),
+    ]
+    ended = vm.run(Machine(installed), command, share, tell=tell)
+    detail = f"{ended.detail}, after {ended.seconds:.0f} s"
+    return Result(kernel.series, installed.release, ended.outcome, detail)
+
+
+def teller(series: str) -> Callable[[str], None]:
+    """Make what prints a guest's lines, whole, with its name before each."""
+
+    def tell(text: str) -> None:
+        with _speak:
+            for line in text.splitlines():
+                print(f"{series:>5} | {line}", flush=True)
+
+    return tell
+
+
+def main() -> int:
+    """Run as the docstring of the module says."""
+    listed = {kernel.series: kernel for kernel in load() if not kernel.is_host}
+    parser = argparse.ArgumentParser(description="tests/kernel on other kernels.", allow_abbrev=False)
+    parser.add_argument("series", nargs="*", metavar="SERIES", help=f"of {', '.join(listed)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="without what a kernel cannot change")
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments, extra = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    if unknown := set(arguments.series) - set(listed):
+        parser.error(f"not in ci/kernels.toml: {', '.join(sorted(unknown))}")
+    chosen = [listed[series] for series in arguments.series or listed]
+    marked = QUICK if arguments.quick else WHOLE
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return max(pool.map(lambda kernel: run(kernel, marked, extra).status, chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
