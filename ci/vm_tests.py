@@ -37,7 +37,7 @@ _speak = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one kernel's tests, as the matrix (ci/matrix.py) reads it. `outcome`: one of `Outcome`, or "infrastructure"."""
+    """What became of one kernel's tests, for ci/matrix.py. `outcome`: one of `Outcome`, or "infrastructure"."""
 
     kernel: str
     release: str
