@@ -42,11 +42,6 @@ struct address {
     __u32 word[4];
 };
 
-/* Before an Ethernet header nothing is aligned to more than two bytes. */
-struct stamp {
-    __u16 part[4];
-};
-
 /* One entry per slot. Written by user space only, through mmap; `active` in one aligned 8-byte store. */
 struct config {
     __u64 active;
@@ -61,7 +56,6 @@ struct config {
     __u16 own_count;
     __u32 flags;
     __u32 pad;
-    struct stamp stamp; /* of frames that nf_xdp lets pass, secret; all 0: there is no XDP program */
     struct address own[NF_OWN_ADDRESSES];
 };
 

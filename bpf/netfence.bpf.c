@@ -334,40 +334,20 @@ static __always_inline int is_raw_socket(struct __sk_buff *skb)
     return !sock || sock->type == SOCKET_RAW;
 }
 
-/* XDP only drops; what it lets pass carries the attachment's stamp (XDP metadata, before the Ethernet header), and what
- * reaches nf_tc without it is judged there: a sender in another namespace can lead a packet around XDP (skb->redirected
- * under generic, a queue that is none under native). False: the driver gives no room, so nf_tc judges and counts all.
+/* Count what was decided; true: it passes.
+ *
+ * Under XDP only what is dropped: what it lets pass nf_tc judges again, and counts. Nothing that comes with a packet can
+ * tell nf_tc that XDP has seen it, and seen *this*: whoever administers a namespace behind a veth can lead a packet around
+ * XDP, and read and copy all that the kernel keeps of it (docs/decisions/0012).
  */
-static __always_inline int put_stamp(struct xdp_md *xdp, const struct config *config)
-{
-    int there = (void *)(long)xdp->data - (void *)(long)xdp->data_meta;
-    if (!config->stamp.part[0] || bpf_xdp_adjust_meta(xdp, there - (int)sizeof(struct stamp)) < 0)
-        return 0;
-    struct stamp *place = (void *)(long)xdp->data_meta;
-    if ((void *)(place + 1) > (void *)(long)xdp->data)
-        return 0;
-    *place = config->stamp;
-    return 1;
-}
-
-static __always_inline int is_stamped(struct __sk_buff *skb, const struct stamp *stamp)
-{
-    struct stamp *place = (void *)(long)skb->data_meta;
-    if ((void *)(place + 1) > (void *)(long)skb->data)
-        return 0;
-    return place->part[0] == stamp->part[0] && place->part[1] == stamp->part[1] && place->part[2] == stamp->part[2] &&
-           place->part[3] == stamp->part[3];
-}
-
-/* Count what was decided; true: it passes. */
 static __always_inline int settle(void *context, int hook, __u64 slot, const struct config *config, int reason,
                                   int would)
 {
-    struct __sk_buff *skb = context; /* but under XDP, where a frame is one packet whatever is made of it */
+    struct __sk_buff *skb = context; /* but under XDP, where a frame is one packet */
     __u64 packets = hook != HOOK_XDP && skb->gso_segs ? skb->gso_segs : 1;
     __u64 bytes = cursor_of(context, hook).length;
     int pass = reason < FIRST_DROP || would;
-    if (hook == HOOK_XDP && pass && !put_stamp(context, config))
+    if (hook == HOOK_XDP && pass)
         return 1;
     count(slot, reason, would, packets, bytes);
     return pass;
@@ -384,8 +364,6 @@ static __always_inline int verdict(void *context, int hook, __u64 slot)
     /* Every packet in every mode: a SYN may come in fragments, and an entry made in one mode would serve in the next. */
     if (hook == HOOK_TC && (config->flags & (NF_FLAG_REPLIES | NF_FLAG_HOST)) == NF_FLAG_REPLIES)
         skb->tc_index = FENCED_MARK;
-    if (hook == HOOK_TC && config->stamp.part[0] && is_stamped(skb, &config->stamp))
-        return 1;
     __u64 active = *(volatile __u64 *)&config->active;
     if (mode_of(active) == MODE_DISABLED)
         return settle(context, hook, slot, config, REASON_DISABLED, 0);
@@ -410,7 +388,7 @@ int nf_tc(struct __sk_buff *skb)
     return verdict(skb, HOOK_TC, slot_of_interface(skb->ifindex)) ? TC_PASS : TC_DROP;
 }
 
-/* In front of nf_tc on the same interface: the same verdict, before the kernel makes a packet of the frame. */
+/* In front of nf_tc on the same interface: the same verdict, before the kernel makes a packet of the frame; drops only. */
 int nf_xdp(struct xdp_md *xdp)
 {
     return verdict(xdp, HOOK_XDP, slot_of_interface(xdp->ingress_ifindex)) ? XDP_PASS : XDP_DROP;

@@ -13,17 +13,17 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from harness import packets
 from harness.deadline import wait_for
-from harness.fence import Attachment, Fence
+from harness.fence import Attachment, Fence, moved
 from harness.needs import needs, without_link_kind
 from harness.netns import NetNs, veth
-from harness.topology import BRIDGE_IF, Topology, Workload
+from harness.topology import BRIDGE_IF, BRIDGE_UP_IF, SINK_IF, Topology, Workload
 from harness.wire import PacketSender, Tag, on_harness_cpu
 from netfence.dataplane import links, rawprog
 from netfence.dataplane.hooks import clsact
@@ -31,9 +31,9 @@ from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.rawprog import ProgType
 from netfence.policy.modes import Mode, Reason
 from shape_paths import bridged_port
-from xdp_tools import SIOCETHTOOL, XDP_MTU, fenced_by_xdp, queueing, redirecting
+from xdp_tools import SIOCETHTOOL, XDP_MTU, fenced_by_xdp, queueing, queueing_by_mark, redirecting, turning
 
-WEB = "203.0.113.80"
+WEB, CLOSED = "203.0.113.80", "203.0.113.99"
 COUNT = 3
 ETHTOOL_SCHANNELS = 0x3D
 
@@ -45,16 +45,16 @@ def fence(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @contextlib.contextmanager
-def on_egress(fence: Fence, netns: NetNs, ifname: str, insns: bytes) -> Iterator[None]:
-    """Run a program on what leaves an interface of the workload."""
+def running(fence: Fence, netns: NetNs, ifname: str, side: Side, insns: bytes) -> Iterator[None]:
+    """Run a program on what leaves, or enters by, an interface of the workload."""
     program = rawprog.load_raw(ProgType.SCHED_CLS, insns)
     marker = fence.plane._bpffs_dir / "workload-qdisc"
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, program)
         stack.enter_context(netns.inside())
         ifindex = socket.if_nametoindex(ifname)
-        clsact.attach(program, ifindex, ifname, Side.EGRESS, marker)
-        stack.callback(clsact.detach, ifindex, Side.EGRESS, marker)
+        clsact.attach(program, ifindex, ifname, side, marker)
+        stack.callback(clsact.detach, ifindex, side, marker)
         yield
 
 
@@ -93,7 +93,7 @@ def test_packets_that_a_redirect_brought(topology: Topology, fence: Fence, detou
         out = socket.if_nametoindex("eth0")
     with (
         fenced_by_xdp(fence, detour.host_if, hook.removeprefix("xdp-")) as fenced,
-        on_egress(fence, detour.inside, "side0", redirecting(out)),
+        running(fence, detour.inside, "side0", Side.EGRESS, redirecting(out)),
     ):
         assert_judged(topology, fenced, detour)
 
@@ -124,43 +124,81 @@ def _use_one_queue(netns: NetNs, ifname: str) -> None:
         fcntl.ioctl(sock, SIOCETHTOOL, struct.pack("16sP", ifname.encode(), channels.buffer_info()[0]))
 
 
-@needs("channels of a veth")
-def test_packets_of_a_queue_that_nobody_receives(topology: Topology, fence: Fence, queues: Workload) -> None:
-    """The queue is chosen behind the kernel's own choice, by a classifier of a qdisc; this takes CAP_BPF."""
-    netns = queues.inside
-    program = rawprog.load_raw(ProgType.SCHED_CLS, queueing(1))
+@contextlib.contextmanager
+def choosing_queues(fence: Fence, netns: NetNs, insns: bytes) -> Iterator[None]:
+    """Have a program choose the send queue behind the kernel's own choice, as the classifier of a qdisc."""
+    program = rawprog.load_raw(ProgType.SCHED_CLS, insns)
     pin = fence.plane._bpffs_dir / "queueing"
     try:
         links.obj_pin(program, pin)
         netns.run("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb", "default", "1")
         netns.run("tc", "class", "add", "dev", "eth0", "parent", "1:", "classid", "1:1", "htb", "rate", "10gbit")
         netns.run("tc", "filter", "add", "dev", "eth0", "parent", "1:", "bpf", "da", "object-pinned", str(pin))
-        with fenced_by_xdp(fence, queues.host_if, "native") as fenced:
-            assert_judged(topology, fenced, queues, sentinels=1)
+        yield
     finally:
         os.close(program)
         pin.unlink(missing_ok=True)
 
 
-PAST_TC = "an ifb of the workload marks packets to pass over TC ingress, and the mark crosses a veth (seen on 6.18)"
+@needs("channels of a veth")
+def test_packets_of_a_queue_that_nobody_receives(topology: Topology, fence: Fence, queues: Workload) -> None:
+    with (
+        choosing_queues(fence, queues.inside, queueing(1)),
+        fenced_by_xdp(fence, queues.host_if, "native") as fenced,
+    ):
+        assert_judged(topology, fenced, queues, sentinels=1)
 
 
-@pytest.mark.parametrize(
-    "hook", ["xdp-native", "xdp-generic", pytest.param("tc", marks=pytest.mark.xfail(reason=PAST_TC))]
-)
-def test_packets_that_an_ifb_marked(topology: Topology, fence: Fence, hook: str) -> None:
-    """`skb->tc_skip_classify` is set when an ifb sends a packet on; the next action or TC ingress hook takes it away.
+@needs("channels of a veth")
+@pytest.mark.parametrize("hook", ["xdp-native", "xdp-generic"])
+def test_a_frame_that_comes_back_changed(topology: Topology, fence: Fence, queues: Workload, hook: str) -> None:
+    """XDP let it pass, to another interface of the workload, which sends it to elsewhere, around XDP this time.
 
-    The packets wait in the ifb's queue until the filter that led them there is gone, so that there is no such action.
+    All that the kernel keeps of such a packet comes back too, XDP metadata included, and the workload can read and
+    write it (seen on 6.18): nothing of it may tell TC that the packet was judged.
     """
-    workload = topology.add_veth()
-    netns, tag = workload.inside, Tag()
+    host, netns, sink = topology.host, queues.inside, topology.internet.mac(SINK_IF)
+    veth((host, "back0"), (netns, "eth1"))
+    host.ip(f"link set back0 master {BRIDGE_IF} up")
+    netns.ip("link set eth1 arp off up")
+    for mac, port in (
+        (netns.mac("eth1"), "back0"),
+        (sink, BRIDGE_UP_IF),
+    ):  # what is flooded is copied, without metadata
+        host.run("bridge", "fdb", "replace", mac, "dev", port, "master", "static")
+    with netns.inside():
+        out = socket.if_nametoindex("eth0")
+    queues.host_mac = bytes.fromhex(netns.mac("eth1").replace(":", ""))
+    turned = turning(bytes.fromhex(sink.replace(":", "")), socket.inet_aton(CLOSED), out, queue=1)
+    with (
+        running(fence, netns, "eth1", Side.INGRESS, turned),
+        choosing_queues(fence, netns, queueing_by_mark()),
+        fenced_by_xdp(fence, queues.host_if, hook.removeprefix("xdp-")) as fenced,
+    ):
+        for allow, judged in (([WEB, CLOSED], {"ALLOW_RULE": 2}), ([WEB], {"ALLOW_RULE": 1, "DEFAULT_DROP": 1})):
+            fenced.replace(Mode.ALLOWLIST, allow=allow)
+            before = fenced.counters()
+            arrived = topology.arrived(queues, packets.UDP4, WEB, COUNT)
+            counted = {name: count for name, (count, _) in moved(before, fenced.counters()).items() if name != "ARP"}
+            assert counted == {name: times * COUNT for name, times in judged.items()}
+            assert arrived == (0 if "DEFAULT_DROP" in judged else COUNT)
+    host.ip("link del back0")
+
+
+PAST_TC = "an ifb of the workload marks packets to pass over TC ingress, and the mark crosses a veth (seen on 6.18)"
+PAST_BOTH = (
+    "an ifb leads them around TC, a classifier around native XDP; this takes CAP_BPF outside the container (6.18)"
+)
+
+
+def hold_in_an_ifb(netns: NetNs) -> Callable[[], int]:
+    """Lead what leaves by eth0 through an ifb, which is slow; return what counts the packets that wait there."""
     try:
         netns.ip("link add ifb7 type ifb", "link set ifb7 up")
     except RuntimeError:
         without_link_kind("ifb")
     for line in (
-        "qdisc add dev ifb7 root tbf rate 8kbit burst 200 latency 20s",
+        "qdisc add dev ifb7 root tbf rate 8kbit burst 100 latency 20s",
         "qdisc add dev eth0 clsact",
         "filter add dev eth0 egress protocol all u32 match u32 0 0 action mirred egress redirect dev ifb7",
     ):
@@ -170,14 +208,47 @@ def test_packets_that_an_ifb_marked(topology: Topology, fence: Fence, hook: str)
         (queue,) = json.loads(netns.run("tc", "-s", "-j", "qdisc", "show", "dev", "ifb7", "root").stdout)
         return int(queue["qlen"])
 
+    return waiting
+
+
+def assert_dropped_from_an_ifb(
+    topology: Topology, fenced: Attachment, workload: Workload, waiting: Callable[[], int]
+) -> None:
+    """`skb->tc_skip_classify` is set when an ifb sends a packet on; the next action or TC ingress hook takes it away.
+
+    The packets wait in the ifb's queue until the filter that led them there is gone, so that there is no such action.
+    """
+    tag = Tag()
+    fenced.replace(Mode.ALLOWLIST)
+    with fenced.counts(Reason.DEFAULT_DROP, COUNT):
+        with on_harness_cpu():
+            for _ in range(COUNT):
+                workload.sender.send(workload.bytes_of(packets.UDP4, WEB, tag))
+        assert waiting()
+        workload.inside.run("tc", "filter", "del", "dev", "eth0", "egress")
+        wait_for(lambda: not waiting(), "the ifb to send")
+        assert topology.meter(workload).arrived(tag) == 0
+
+
+@pytest.mark.parametrize(
+    "hook", ["xdp-native", "xdp-generic", pytest.param("tc", marks=pytest.mark.xfail(reason=PAST_TC))]
+)
+def test_packets_that_an_ifb_marked(topology: Topology, fence: Fence, hook: str) -> None:
+    workload = topology.add_veth()
+    waiting = hold_in_an_ifb(workload.inside)
     fencing = fence.interface(workload.host_if) if hook == "tc" else fenced_by_xdp(fence, workload.host_if, hook[4:])
     with fencing as fenced:
-        fenced.replace(Mode.ALLOWLIST)
-        with fenced.counts(Reason.DEFAULT_DROP, COUNT):
-            with on_harness_cpu():
-                for _ in range(COUNT):
-                    workload.sender.send(workload.bytes_of(packets.UDP4, WEB, tag))
-            assert waiting()
-            netns.run("tc", "filter", "del", "dev", "eth0", "egress")
-            wait_for(lambda: not waiting(), "the ifb to send")
-            assert topology.meter().arrived(tag) == 0
+        assert_dropped_from_an_ifb(topology, fenced, workload, waiting)
+
+
+@needs("channels of a veth")
+@pytest.mark.parametrize("hook", [pytest.param("xdp-native", marks=pytest.mark.xfail(reason=PAST_BOTH))])
+def test_packets_that_an_ifb_marked_of_a_queue_that_nobody_receives(
+    topology: Topology, fence: Fence, queues: Workload, hook: str
+) -> None:
+    waiting = hold_in_an_ifb(queues.inside)
+    with (
+        choosing_queues(fence, queues.inside, queueing(1)),
+        fenced_by_xdp(fence, queues.host_if, hook[4:]) as fenced,
+    ):
+        assert_dropped_from_an_ifb(topology, fenced, queues, waiting)

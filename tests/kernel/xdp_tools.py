@@ -14,8 +14,9 @@ from netfence.dataplane.hooks import xdp
 
 XDP_MTU = 3000  # a veth wants a frame to fit into a page, with some room around it
 SIOCETHTOOL = 0x8946
-BPF_REDIRECT, BPF_SKB_VLAN_PUSH = 23, 18  # enum bpf_func_id
-QUEUE_MAPPING = 12  # offset in struct __sk_buff
+BPF_REDIRECT, BPF_SKB_VLAN_PUSH, BPF_SKB_STORE_BYTES = 23, 18, 9  # enum bpf_func_id
+MARK, QUEUE_MAPPING = 8, 12  # offsets in struct __sk_buff
+TO_MAC, TO_IPV4 = 0, 30  # offsets in a frame
 
 
 @contextlib.contextmanager
@@ -47,6 +48,28 @@ def redirecting(ifindex: int) -> bytes:
 def queueing(queue: int) -> bytes:
     """Assemble a TC program that chooses the send queue."""
     return _move(2, queue) + rawprog.insn(0x63, dst=1, src=2, off=QUEUE_MAPPING) + _move(0, -1) + rawprog.EXIT
+
+
+def queueing_by_mark() -> bytes:
+    """Assemble a TC program that sends each packet by the queue that its mark names."""
+    load = rawprog.insn(0x61, dst=2, src=1, off=MARK)
+    return load + rawprog.insn(0x63, dst=1, src=2, off=QUEUE_MAPPING) + _move(0, -1) + rawprog.EXIT
+
+
+def _storing(offset: int, data: bytes) -> bytes:
+    """Write up to 8 bytes of the packet whose context is in r6."""
+    words = struct.unpack("=ii", data.ljust(8, b"\0"))
+    insns = b"".join(rawprog.insn(0x62, dst=10, off=at, imm=word) for at, word in zip((-8, -4), words, strict=True))
+    insns += rawprog.insn(0xBF, dst=1, src=6) + _move(2, offset)
+    insns += rawprog.insn(0xBF, dst=3, src=10) + rawprog.insn(0x07, dst=3, imm=-8)
+    return insns + _move(4, len(data)) + _move(5, 0) + rawprog.insn(0x85, imm=BPF_SKB_STORE_BYTES)
+
+
+def turning(mac: bytes, ipv4: bytes, ifindex: int, *, queue: int) -> bytes:
+    """Assemble a TC program that sends every frame on by another interface, to other addresses, its queue as mark."""
+    changes = _storing(TO_MAC, mac) + _storing(TO_IPV4, ipv4)
+    mark = _move(2, queue) + rawprog.insn(0x63, dst=6, src=2, off=MARK)
+    return rawprog.insn(0xBF, dst=6, src=1) + changes + mark + redirecting(ifindex)
 
 
 def tagging(protocol: int, tci: int) -> bytes:

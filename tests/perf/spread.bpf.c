@@ -65,15 +65,8 @@ int spread_tc(struct __sk_buff *skb)
     return verdict(skb, HOOK_TC, slot_of_interface(next_of(ROW_SLOTS, STEP_SLOTS))) ? TC_PASS : TC_DROP;
 }
 
-/* The stamp that XDP puts before a frame it passes is there in the next repetition too, and soon leaves no room. */
-static __always_inline void unstamp(struct xdp_md *xdp)
-{
-    bpf_xdp_adjust_meta(xdp, (int)((void *)(long)xdp->data - (void *)(long)xdp->data_meta));
-}
-
 int spread_xdp(struct xdp_md *xdp)
 {
-    unstamp(xdp);
     return verdict(xdp, HOOK_XDP, slot_of_interface(next_of(ROW_SLOTS, STEP_SLOTS))) ? XDP_PASS : XDP_DROP;
 }
 
@@ -95,6 +88,5 @@ int spread_empty_cgroup(struct __sk_buff *skb)
 
 int spread_empty_xdp(struct xdp_md *xdp)
 {
-    unstamp(xdp);
     return spread_nothing();
 }

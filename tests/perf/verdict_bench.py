@@ -6,9 +6,6 @@ up to 65,536 destinations (and another attachment, where there are many): what t
 Either is told over an empty program that is run the same way. Rules are host addresses spread over 10.0.0.0/8 and /64s
 spread over 2001:db8::/32, a trie of log2(rules) levels; what misses them lies between them, so that the trie is walked
 to its end. With ten rules random is hot plus 5 ns: that much the spreading itself distorts.
-
-The XDP program leaves its stamp before each frame it passes, so that no repetition would be like the last one: there
-"hot" is the spreading build too, with a row of one address.
 """
 
 from __future__ import annotations
@@ -59,12 +56,11 @@ class Hook(NamedTuple):
     passes: int
     drops: int
     empty: int  # what the empty program returns
-    spread_only: bool = False  # test runs of the shipped program would not be alike: hot is a row of one
 
 
 HOOKS = {
     "tc": Hook("nf_tc", "spread_tc", 0xFFFFFFFF, 2, -1),
-    "xdp": Hook("nf_xdp", "spread_xdp", 2, 1, 2, spread_only=True),
+    "xdp": Hook("nf_xdp", "spread_xdp", 2, 1, 2),
     "cgroup": Hook("nf_cgroup_egress", "nf_cgroup_egress", 1, 0, 1),
 }
 NOT_JUDGING = {
@@ -153,15 +149,10 @@ class Bench:
         while len(self._slots) < total:
             slot = plane.allocate_slot()
             plane._slots[slot] = SlotWord()
-            plane._write_maps(slot, _static(slot, "tc"))
+            plane._write_maps(slot, _static(slot))
             plane._set_interface(FIRST_IFINDEX + slot, slot)
             self._slots.append(slot)
         plane._set_interface(LOOPBACK_IFINDEX, self._slots[0])
-
-    def use(self, hook: str) -> None:
-        """Tell every slot which hook judges; without XDP, TC looks for no stamp."""
-        for slot in self._slots:
-            self.plane.plane._write_maps(slot, _static(slot, hook), word=False)
 
     def load(self, rules: Policy, attachments: int = 1) -> None:
         """Put a policy in force for the first `attachments`, each in tables of its own."""
@@ -177,16 +168,12 @@ class Bench:
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def hot(self, hook: str, frame: bytes, number: int) -> Callable[[], float]:
-        """Return what measures the shipped program on one packet, to the address of a number, in ns."""
-        if HOOKS[hook].spread_only:
-            return lambda: self._spread_ns(f"random {hook}", hook, frame, (number, 1), 1, HOT_RUNS)
+    def hot(self, hook: str, frame: bytes) -> Callable[[], float]:
+        """Return what measures the shipped program on one packet, in ns."""
         return lambda: self._ns(f"hot {hook}", frame, HOT_RUNS)
 
     def hot_empty(self, hook: str, frame: bytes) -> Callable[[], float]:
         """Return what measures an empty program run as the one of `hot`."""
-        if HOOKS[hook].spread_only:
-            return lambda: self._spread_ns(f"empty random {hook}", hook, frame, (0, 1), 1, HOT_RUNS)
         return lambda: self._ns(f"empty {hook}", frame, HOT_RUNS)
 
     def random(self, hook: str, frame: bytes, first: int, span: int, attachments: int = 1) -> Callable[[], float]:
@@ -234,8 +221,8 @@ class Bench:
             os.close(fd)
 
 
-def _static(slot: int, hook: str) -> Static:
-    return Static(dns_address=DNS.packed, dns_port=11000 + slot, xdp=hook == "xdp")
+def _static(slot: int) -> Static:
+    return Static(dns_address=DNS.packed, dns_port=11000 + slot)
 
 
 def over(values: Series, empty: Series) -> Series:

@@ -6,7 +6,6 @@ never a mixture; everything else changes with an attach only, or (own addresses)
 
 from __future__ import annotations
 
-import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from netfence.dataplane.clock import Clock
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.leases import kernel_address
 from netfence.dataplane.maps import Map
-
-STAMP_BYTES = 8
 
 HANDSHAKE_IDLE_S = 60.0
 """How long an inbound connection that is not answered, or being closed, keeps its place."""
@@ -43,11 +40,6 @@ class Static:
     own_addresses: tuple[bytes, ...] = ()
 
 
-def _new_stamp() -> bytes:
-    """Draw the secret by which nf_tc knows what nf_xdp let pass; its first two bytes are never 0, which means none."""
-    return (secrets.randbelow(0xFFFF) + 1).to_bytes(2, "little") + secrets.token_bytes(STAMP_BYTES - 2)
-
-
 def network_port(port: int) -> int:
     """Return the number a native 16-bit field must hold for the port to lie there in network order."""
     return int(struct.unpack("=H", struct.pack("!H", port))[0])
@@ -69,7 +61,6 @@ class ConfigMap:
             raise ValueError(message)
         self._active = fields["active"].offset // 8
         self._own = fields["own"].offset
-        self._stamp = slice(fields["stamp"].offset, fields["stamp"].offset + STAMP_BYTES)
         self._own_count = fields["own_count"].offset
         self._static = layout.packer(
             "config",
@@ -83,7 +74,6 @@ class ConfigMap:
             "dns_port_high",
             "own_count",
             "flags",
-            "stamp",
             "own",
         )
         self._static_from = fields["established_idle"].offset
@@ -111,7 +101,6 @@ class ConfigMap:
         )
         own = self._own_bytes(static.own_addresses)
         at = slot * self._stride
-        stamp = bytes(self._memory[at:][self._stamp])  # kept over a restart: frames that carry it are under way
         packed = self._static.pack(
             self._clock.span(static.established_idle_s),
             self._clock.span(static.established_max_s),
@@ -122,7 +111,6 @@ class ConfigMap:
             *static.dns_ports,
             len(own) // 16,
             flags,
-            (stamp if any(stamp) else _new_stamp()) if static.xdp else bytes(STAMP_BYTES),
             own,
         )
         self._memory[at + self._static_from : at + self._size] = packed[self._static_from :]
