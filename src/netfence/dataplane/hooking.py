@@ -51,10 +51,12 @@ class Hooks:
         """Attach what is not in force on this very device; False when something was not."""
         whole = True
         if not self._tc_attached(target, direction, name):
+            if self._tcx:
+                tcx.detach(self._pin(name, MAIN))  # what is left of a link that somebody took off
             self._attach_tc(target, direction, name)
             whole = False
         if with_xdp and not xdp.attached(self._pin(name, XDP), target.ifindex):
-            xdp.detach(self._pin(name, XDP))  # what is left of a link that somebody took off
+            xdp.detach(self._pin(name, XDP))
             self._attach_xdp(target, name)
             whole = False
         return whole
@@ -91,8 +93,9 @@ class Hooks:
     def attach_cgroup(self, target: CgroupTarget, name: str, *, first: bool) -> None:
         """Attach `connect4` alone (`first`), or the others; programs in place already are left alone."""
         for hook, program in CGROUP_PROGRAMS.items():
-            if (hook == "connect4") == first and not cgroup.attached(self._pin(name, hook), target.cgroup_id):
-                pin = self._pin(name, hook)
+            pin = self._pin(name, hook)
+            if (hook == "connect4") == first and not cgroup.attached(pin, target.cgroup_id):
+                cgroup.detach(pin)  # what is left of a link that somebody took off
                 cgroup.attach(self._programs[program], target.fd, target.path, cgroup.ATTACH_TYPES[hook], pin)
 
     def cgroup_attached(self, target: CgroupTarget, name: str) -> bool:
@@ -109,6 +112,7 @@ class Hooks:
         pin = self._pin(name, INBOUND)
         if isinstance(target, CgroupTarget):
             if not cgroup.attached(pin, target.cgroup_id):
+                cgroup.detach(pin)
                 program = self._programs["nf_cgroup_inbound"]
                 cgroup.attach(program, target.fd, target.path, cgroup.ATTACH_TYPES["ingress"], pin)
             return
@@ -116,6 +120,7 @@ class Hooks:
         if not self._tcx:
             clsact.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, self._pin(name, QDISC))
         elif not tcx.attached(pin, target.ifindex, side):
+            tcx.detach(pin)
             tcx.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, pin)
 
     def in_front(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> list[str]:
