@@ -8,6 +8,7 @@ counted. Texts are made beforehand; that of nft lies in a file, and starting nft
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import socket
 import time
@@ -25,6 +26,7 @@ TICK_S = 0.001
 MARKS, FIRST_MARK, DISCARD = "203.0.113", 100, 9
 
 
+@functools.lru_cache(maxsize=1)  # contestants take turns: all of a round have the same
 def texts(seed: int) -> list[str]:
     """Return RULES distinct prefixes, three fifths of them IPv4; no mark is in one of them."""
     rng = random.Random(seed)
