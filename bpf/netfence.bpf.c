@@ -280,7 +280,7 @@ static __always_inline struct cursor cursor_of(void *context, int hook)
         struct xdp_md *xdp = context;
         cursor.data = (void *)(long)xdp->data;
         cursor.end = (void *)(long)xdp->data_end;
-        cursor.length = cursor.end - cursor.data; /* a program without frags is given whole packets only */
+        cursor.length = cursor.end - cursor.data; /* of a frame longer than a page the first part (decision 0013) */
     } else {
         struct __sk_buff *skb = context;
         cursor.data = (void *)(long)skb->data;

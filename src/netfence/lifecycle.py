@@ -39,7 +39,7 @@ from netfence.dns.server import DnsServer
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
-from netfence.errors import ExistsError, InvalidError, NotFoundError
+from netfence.errors import ExistsError, InvalidError, NotFoundError, PreconditionError
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.modes import Mode
@@ -362,8 +362,17 @@ class Lifecycle:
 
     async def hook_again(self, live: Live) -> None:
         """Put in place what is missing of its hooks and what the kernel has to know of it."""
-        plane = self.parts.plane
-        if not await plane.restore(live.row.slot, live.target, self.static(live), live.direction, live.row.id):
+        plane, row, static = self.parts.plane, live.row, self.static(live)
+        try:
+            whole = await plane.restore(row.slot, live.target, static, live.direction, row.id)
+        except PreconditionError as error:
+            if not static.xdp:
+                raise
+            # Somebody took it off, and it is refused now. TC fences as well, and is not to wait for it.
+            live.attachment.log.exception("xdp_not_attached", error=str(error), effect="TC alone fences it")
+            whole = await plane.restore(row.slot, live.target, replace(static, xdp=False), live.direction, row.id)
+            live.attachment.row = replace(live.row, mechanism=plane.tc_mechanism)
+        if not whole:
             live.attachment.log.warning("hook_put_back", effect="it was open while the hook was missing")
         live.hooked = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import Topology
 from netfence.api.client import RefusedError
+from netfence.dataplane import links
 from netfence.v1 import daemon_pb2
 
 OUTSIDE4, OUTSIDE6, LEARNED4 = "203.0.113.99", "2001:db8:77::1", "203.0.113.80"
@@ -142,3 +144,28 @@ def test_a_device_that_went_while_nobody_looked(topology: Topology, start: Start
     daemon.start()
     assert not daemon.attachments()
     assert not daemon.link_pins()
+
+
+def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(topology: Topology, start: Start) -> None:
+    daemon = start(topology, policy=POLICY)
+    workload = topology.add_veth()
+    attached = daemon.attach(interface=workload.host_if, hook="xdp")
+    tc = daemon.attach(interface=topology.add_veth().host_if)
+    daemon.stop()
+    link = links.obj_get(daemon.pins / "links" / f"{attached.id}-xdp")
+    links.link_detach(link)
+    os.close(link)
+    workload.inside.ip("link set eth0 mtu 9000")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.start()
+    assert "MTU is too large" in daemon.wait_event("xdp_not_attached")["error"]
+    assert not daemon.events("not_taken_over")
+    info = daemon.info(attached.id)
+    assert (info.hook, info.attach_mechanism) == (daemon_pb2.HOOK_XDP, daemon.info(tc.id).attach_mechanism)
+    assert (topology.arrived(workload, UDP4, OUTSIDE4), topology.arrived(workload, UDP6, OUTSIDE6)) == (3, 0)
+    daemon.set_policy({"default": {"mode": "block_all"}})
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    for each in (attached, tc):
+        daemon.detach(each.id)
+    assert not daemon.link_pins()
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3

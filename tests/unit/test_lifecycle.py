@@ -85,10 +85,14 @@ class FakePlane:
         self.hooked[name] = key_of(target)[1]
         return "xdp-native" if static.xdp else "tcx"
 
-    async def restore(self, slot: int, target: Target, static: object, direction: Direction | None, name: str) -> bool:
-        del slot, static, direction
+    tc_mechanism = "tcx"
+
+    async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
+        del slot, direction
         await asyncio.sleep(0)
         self._called("restore")
+        if static.xdp:
+            self._called("restore xdp")
         whole = name in self.hooked
         self.hooked[name] = key_of(target)[1]
         return whole

@@ -161,6 +161,19 @@ def test_after_a_reboot_tc_fences_alone_where_xdp_is_refused(tmp_path: Path) -> 
     after_restart(tmp_path, work, boot_id="earlier", hook="xdp")
 
 
+def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.plane.fail["restore xdp"] = PreconditionError("the MTU is too large")
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 1})
+        assert [one["effect"] for one in logs if one["event"] == "xdp_not_attached"] == ["TC alone fences it"]
+        live = bench.only()
+        assert live.hooked
+        assert live.row.mechanism == "tcx"
+
+    after_restart(tmp_path, work, hook="xdp")
+
+
 def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         bench.plane.hooked.clear()

@@ -37,6 +37,11 @@ class Hooks:
     def __init__(self, loaded: Loaded, directory: Path, *, tcx: bool) -> None:
         self._programs, self._directory, self._tcx = loaded.programs, directory, tcx
 
+    @property
+    def tc_mechanism(self) -> str:
+        """Return how TC filters hang on interfaces here."""
+        return tcx.MECHANISM if self._tcx else clsact.MECHANISM
+
     def attach_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> str:
         """Put the filter onto the side where the workload's packets pass; return the mechanism.
 
@@ -44,8 +49,8 @@ class Hooks:
         """
         if with_xdp:
             probe.require_feature("xdp_link", f"attach xdp on {target.name}")
-        mechanism = self._attach_tc(target, direction, name)
-        return self._attach_xdp(target, name) if with_xdp else mechanism
+        self._attach_tc(target, direction, name)
+        return self._attach_xdp(target, name) if with_xdp else self.tc_mechanism
 
     def put_back_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> bool:
         """Attach what is not in force on this very device; False when something was not."""
@@ -61,14 +66,13 @@ class Hooks:
             whole = False
         return whole
 
-    def _attach_tc(self, target: InterfaceTarget, direction: Direction, name: str) -> str:
+    def _attach_tc(self, target: InterfaceTarget, direction: Direction, name: str) -> None:
         side = side_of(direction)
         if self._tcx:
             tcx.attach(self._programs["nf_tc"], target.ifindex, target.name, side, self._pin(name, MAIN))
-            return tcx.MECHANISM
+            return
         clsact.attach(self._programs["nf_tc"], target.ifindex, target.name, side, self._pin(name, QDISC))
         self._mark(name)
-        return clsact.MECHANISM
 
     def _attach_xdp(self, target: InterfaceTarget, name: str) -> str:
         return xdp.attach(self._programs["nf_xdp"], target.ifindex, target.name, self._pin(name, XDP))

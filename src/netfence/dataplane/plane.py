@@ -155,6 +155,11 @@ class DataPlane:
         else:
             self._free.add(slot)
 
+    @property
+    def tc_mechanism(self) -> str:
+        """Return how TC filters hang on interfaces here: ``tcx`` or ``clsact``."""
+        return self._hooks.tc_mechanism
+
     # -- attach and detach ------------------------------------------------------------------------------------------
 
     async def attach(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> str:
@@ -185,7 +190,10 @@ class DataPlane:
         return mechanism
 
     async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
-        """Take over what a daemon before us attached; False when a hook was gone and had to be put back."""
+        """Take over what a daemon before us attached; False when a hook was gone and had to be put back.
+
+        Raises what the hooks raise; where XDP is refused (PreconditionError), TC is in place by then.
+        """
         self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
         self._write_maps(slot, static, word=False)
         if not isinstance(target, CgroupTarget):
