@@ -16,12 +16,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+from measure import FULL
 from netfence.policy.commands import AllowCidr, BulkUpdate, CidrSpec, apply
 from netfence.policy.modes import Mode
 from netfence.policy.policy import EMPTY, Policy
 from path_bench import Counted, Fence, Filter, Nft
 
-RULES = 100_000
+RULES = 100_000 if FULL else 20_000
 TICK_S = 0.001
 MARKS, FIRST_MARK, DISCARD = "203.0.113", 100, 9
 
