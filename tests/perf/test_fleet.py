@@ -16,7 +16,7 @@ from harness.spawn import spawn, stop
 from measure import FULL, Series, report
 
 HERE = Path(__file__).parent
-DAEMONS = 1000 if FULL else 100
+DAEMONS = 1000 if FULL else 30
 ATTACHMENTS = 20
 ALL = DAEMONS * ATTACHMENTS
 CONNECT_S = 120.0
