@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -17,11 +16,9 @@ from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
 from harness.fresh import Fresh
-from harness.needs import needs
 from harness.packets import UDP4, UDP6
 from harness.topology import Topology, Workload
 from netfence.api.client import RefusedError
-from netfence.dataplane import links
 from netfence.policy.modes import Reason
 from netfence.store import DATABASE
 from netfence.v1 import types_pb2
@@ -354,41 +351,3 @@ def test_clsact_filters_that_somebody_removes_are_put_back(topology: Topology, s
     topology.host.run("tc", "qdisc", "del", "dev", workload.host_if, "clsact")
     wait_for(lambda: daemon.own_events("hook_put_back", attached.id), "the hook to be put back")
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
-
-
-@pytest.mark.parametrize("running", [True, False], ids=["while-it-runs", "while-it-does-not"])
-@pytest.mark.parametrize("kind", [pytest.param("tcx", marks=needs("tcx")), "cgroup"])
-def test_links_that_somebody_takes_off_are_put_back_by_the_next_start(
-    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup], kind: str, *, running: bool
-) -> None:
-    """As `bpftool link detach` does: the pins stay, and hold nothing any more."""
-    workload, group = topology.add_veth(), cgroups("box")
-    daemon = start(topology, policy=POLICY)
-    attached = daemon.attach(interface=workload.host_if) if kind == "tcx" else daemon.attach(cgroup=group)
-
-    with Agent(netns=topology.host, cgroup=group) as agent:
-
-        def passes() -> bool:
-            if kind == "tcx":
-                return topology.arrived(workload, UDP6, OUTSIDE6) > 0
-            try:
-                agent.udp(socket.AF_INET6).sendto(b"x", (OUTSIDE6, 9))
-            except PermissionError:
-                return False
-            return True
-
-        assert not passes()
-        if not running:
-            daemon.stop()
-        for pin in (daemon.pins / "links").iterdir():
-            link = links.obj_get(pin)
-            links.link_detach(link)
-            os.close(link)
-        assert passes()
-        if running:
-            daemon.stop()
-        daemon.start()
-        assert not passes()
-        assert daemon.own_events("hook_put_back", attached.id)
-        daemon.detach(attached.id)
-        assert passes()

@@ -7,6 +7,7 @@ Attach and detach wait for RCU, about 16 ms each.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -63,12 +64,21 @@ def detach(pin: Path) -> bool:
 
 
 def attached(pin: Path, ifindex: int, side: Side) -> bool:
-    """Tell whether the pinned link is in force on this very device; False once that is gone, index reused or not."""
+    """Tell whether the pinned link is in force on this very device; False once that is gone, index reused or not.
+
+    A device that was moved to another namespace keeps its index, and another may have it here. The link tells no more
+    than the index; the chain of the device that has it here tells whether our program is in it.
+    """
+    attach_type = _ATTACH_TYPE[side]
     try:
         info = links.pinned_link_info(pin)
+        if info is None or (info.target, info.attach_type) != (ifindex, attach_type):
+            return False
+        return info.prog_id in links.prog_query_tcx(ifindex, attach_type)
     except OSError as error:
+        if error.errno == errno.ENODEV:
+            return False
         raise explain(f"read the link pinned at {pin}", error) from error
-    return info is not None and info.target == ifindex and info.attach_type == _ATTACH_TYPE[side]
 
 
 def in_front(ifindex: int, side: Side, prog_id: int) -> tuple[Foreign, ...]:

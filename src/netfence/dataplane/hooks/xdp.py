@@ -61,12 +61,17 @@ def attach(prog_fd: int, ifindex: int, name: str, pin: Path) -> str:
 
 
 def attached(pin: Path, ifindex: int) -> bool:
-    """Tell whether the pinned link is in force on this very device; False once that is gone, index reused or not."""
+    """Tell whether the pinned link is in force on this very device, as `tcx.attached` does."""
     try:
         info = links.pinned_link_info(pin)
+        if info is None or info.target != ifindex:
+            return False
+        with Rtnl() as netlink:
+            return info.prog_id in rtnl.get_xdp_programs(netlink, ifindex)
     except OSError as error:
+        if error.errno == errno.ENODEV:
+            return False
         raise explain(f"read the link pinned at {pin}", error) from error
-    return info is not None and info.target == ifindex
 
 
 def _explain(what: str, ifindex: int, error: OSError) -> NetfenceError:
