@@ -19,6 +19,7 @@ from harness.cgroup import root as cgroup_root
 from harness.daemon import PROGRAM
 from harness.fresh import Fresh
 from harness.topology import DNS4, Topology, Workload
+from xdp_tools import foreign_xdp
 
 pytestmark = pytest.mark.userspace
 
@@ -84,11 +85,14 @@ def refuses_to_start(daemon: Fenced, **changes: Any) -> str:
         (["-i", "veth0", "--metadata", "k=1,k=2"], 2, "'k' is given twice"),
         (["-i", "veth0", "--metadata", f"k={'x' * 5000}"], 2, "bytes"),
         (["-i", "veth0", "--hook", "xdp", "--direction", "host"], 1, "XDP sees only what comes in"),
+        (["-i", "lo", "--hook", "xdp"], 1, "attach to interface 'lo': nothing leaves the host by the loopback"),
+        (["-i", "up0", "--hook", "xdp"], 1, "carries the default route"),
+        (["-g", "/sys/fs/cgroup/x", "--hook", "xdp"], 2, "--hook and --direction are for interfaces"),
         (["-i", "up0", "--direction", "sideways"], 2, "sideways"),
     ],
     ids=[
         "interface", "cgroup", "no-cgroup", "root-cgroup", "loopback", "name", "neither", "both", "metadata",
-        "metadata-twice", "metadata-long", "xdp", "direction",
+        "metadata-twice", "metadata-long", "xdp-host", "xdp-loopback", "xdp-default-route", "xdp-cgroup", "direction",
     ],
 )  # fmt: skip
 def test_attach(daemon: Fenced, workload: Workload, arguments: list[str], status: int, says: str) -> None:
@@ -122,6 +126,15 @@ def test_direction_host_wants_a_cgroup_of_the_daemons_own(fresh: Fresh, start: S
         said = refused(daemon, "attach", "-i", "up0", "--direction", "host")
     assert "1 other processes share that" in said
     assert "start netfenced in a cgroup of its own" in said
+
+
+def test_an_interface_that_has_an_xdp_program(daemon: Fenced, topology: Topology) -> None:
+    workload = topology.add_veth()
+    with foreign_xdp(topology.host, workload.host_if) as theirs:
+        said = refused(daemon, "attach", "-i", workload.host_if, "--hook", "xdp")
+        assert f"attach xdp on {workload.host_if}: it has XDP program {theirs} (somebody), and takes only one" in said
+        daemon.detach(daemon.attach(interface=workload.host_if).id)  # as the message says
+    daemon.detach(daemon.attach(interface=workload.host_if, hook="xdp").id)
 
 
 def test_detach_of_nothing(daemon: Fenced) -> None:

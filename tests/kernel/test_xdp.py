@@ -8,7 +8,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -21,11 +20,10 @@ from harness.packets import DOT1AD, DOT1Q, ETHERNET_BYTES
 from harness.topology import BRIDGE_IF, Topology, Workload
 from harness.tuntap import IFF_NO_PI, IFF_TAP
 from harness.wire import Tag
-from netfence.dataplane import links, rawprog, rtnl
+from netfence.dataplane import links, rtnl
 from netfence.dataplane.hooks import tcx, xdp
 from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.links import AttachType
-from netfence.dataplane.rawprog import ProgType
 from netfence.dataplane.rtnl import Rtnl
 from netfence.errors import PreconditionError
 from netfence.policy.modes import Mode, Reason
@@ -33,14 +31,13 @@ from shape_cases import Case
 from shape_paths import BIG_MTU, OWN_DNS, PathTaken, bridged_port
 from test_big_packets import BIG_CASES, IFF_VNET_HDR, BareSender, raw_tuntap
 from test_xdp_around import running
-from xdp_tools import SIOCETHTOOL, XDP_MTU, fenced_by_xdp, tagging
+from xdp_tools import SIOCETHTOOL, XDP_MTU, fenced_by_xdp, foreign_xdp, tagging
 
 WEB = {"ipv4": "203.0.113.80", "ipv6": "2001:db8:b::80"}
 SHAPES = {"ipv4": packets.UDP4, "ipv6": packets.UDP6}
 MODES = ["xdp-native", "xdp-generic"]
 COUNT = 3
 CHUNK = 500_000
-XDP_PASS = 2
 ETHTOOL_GTSO = 0x1E
 
 
@@ -109,25 +106,11 @@ def test_drops_are_bracketed(topology: Topology, fence: Fence, family: str, kind
     assert_nothing_left(fence, workload)
 
 
-@contextmanager
-def foreign_program(fence: Fence, workload: Workload, mode: int) -> Iterator[int]:
-    """Have somebody else's XDP program on the host's side."""
-    with ExitStack() as stack:
-        program = rawprog.load_raw(
-            ProgType.XDP, rawprog.returning(XDP_PASS), expected_attach_type=AttachType.XDP, name="somebody"
-        )
-        stack.callback(os.close, program)
-        with fence.topology.host.inside():
-            link = links.link_create_xdp(program, socket.if_nametoindex(workload.host_if), mode)
-        stack.callback(os.close, link)
-        yield links.prog_info(program).id
-
-
 @pytest.mark.parametrize("mode", [xdp.NATIVE, xdp.GENERIC], ids=["native", "generic"])
 def test_a_foreign_program_keeps_its_place_and_is_named(
     topology: Topology, fence: Fence, workload: Workload, mode: int
 ) -> None:
-    with foreign_program(fence, workload, mode) as theirs:
+    with foreign_xdp(topology.host, workload.host_if, mode) as theirs:
         told = rf"attach xdp on {workload.host_if}: it has XDP program {theirs} \(somebody\).* --hook tc"
         with pytest.raises(PreconditionError, match=told):
             fence.interface(workload.host_if, xdp=True)

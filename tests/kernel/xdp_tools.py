@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import struct
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
 from harness.fence import Attachment, Fence
-from netfence.dataplane import rawprog
+from harness.netns import NetNs
+from netfence.dataplane import links, rawprog
 from netfence.dataplane.hooks import xdp
+from netfence.dataplane.links import AttachType
+from netfence.dataplane.rawprog import ProgType
 
 XDP_MTU = 3000  # a veth wants a frame to fit into a page, with some room around it
 SIOCETHTOOL = 0x8946
+XDP_PASS = 2
 BPF_REDIRECT, BPF_SKB_VLAN_PUSH, BPF_SKB_STORE_BYTES = 23, 18, 9  # enum bpf_func_id
 MARK, QUEUE_MAPPING = 8, 12  # offsets in struct __sk_buff
 TO_MAC, TO_IPV4 = 0, 30  # offsets in a frame
@@ -34,6 +40,20 @@ def fenced_by_xdp(fence: Fence, name: str, mode: str, **static: Any) -> Iterator
     with attachment:
         assert attachment.mechanism == f"xdp-{mode}"
         yield attachment
+
+
+@contextlib.contextmanager
+def foreign_xdp(netns: NetNs, ifname: str, mode: int = xdp.NATIVE) -> Iterator[int]:
+    """Have somebody else's XDP program on an interface; give its id."""
+    with contextlib.ExitStack() as stack:
+        program = rawprog.load_raw(
+            ProgType.XDP, rawprog.returning(XDP_PASS), expected_attach_type=AttachType.XDP, name="somebody"
+        )
+        stack.callback(os.close, program)
+        with netns.inside():
+            link = links.link_create_xdp(program, socket.if_nametoindex(ifname), mode)
+        stack.callback(os.close, link)
+        yield links.prog_info(program).id
 
 
 def _move(register: int, value: int) -> bytes:
