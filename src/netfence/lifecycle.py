@@ -254,7 +254,7 @@ class Lifecycle:
     async def put_back(self, live: Live) -> None:
         """Attach what somebody took away of its hooks; inside `while_open`."""
         if not await self.parts.plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
-            live.attachment.log.error("hook_put_back", effect="somebody removed it; it was open meanwhile")
+            live.attachment.log.error("hook_put_back", effect=f"somebody removed it; {_meanwhile(live.row)}")
 
     def make(self, row: Row, target: Target, direction: Direction | None, policy: Policy) -> Live:
         """Make the objects of an attachment; nothing happens yet."""
@@ -373,7 +373,7 @@ class Lifecycle:
             whole = await plane.restore(row.slot, live.target, replace(static, xdp=False), live.direction, row.id)
             live.attachment.row = replace(live.row, mechanism=plane.tc_mechanism)
         if not whole:
-            live.attachment.log.warning("hook_put_back", effect="it was open while the hook was missing")
+            live.attachment.log.warning("hook_put_back", effect=_meanwhile(live.row))
         live.hooked = True
 
     async def _unsubscribe(self, live: Live, reason: UnsubscribeReason, error: str) -> None:
@@ -446,6 +446,11 @@ def _direction(target: Target, spec: AttachSpec) -> Direction | None:
         return None
     wish = {"auto": None, "workload": Direction.WORKLOAD, "host": Direction.HOST}[spec.direction]
     return choose_direction(target, wish, Hook.XDP if spec.hook == "xdp" else Hook.TC)
+
+
+def _meanwhile(row: Row) -> str:
+    """Tell what it means that a hook was missing."""
+    return "it was open meanwhile" + (", unless only XDP was missing: TC fenced it then" if row.hook == "xdp" else "")
 
 
 def _hook(row: Row) -> HookKind:

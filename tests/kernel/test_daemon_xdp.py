@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from harness.packets import UDP4, UDP6
 from harness.topology import Topology
 from netfence.api.client import RefusedError
 from netfence.dataplane import links
+from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
 from netfence.v1 import daemon_pb2
 
 OUTSIDE4, OUTSIDE6, LEARNED4 = "203.0.113.99", "2001:db8:77::1", "203.0.113.80"
@@ -146,15 +148,37 @@ def test_a_device_that_went_while_nobody_looked(topology: Topology, start: Start
     assert not daemon.link_pins()
 
 
+def take_off(daemon: Fenced, attachment_id: str) -> None:
+    """Detach the link of XDP, as `bpftool link detach` does; its pin stays."""
+    link = links.obj_get(daemon.pins / "links" / f"{attachment_id}-xdp")
+    links.link_detach(link)
+    os.close(link)
+
+
+def test_while_it_is_off_nothing_is_open_and_the_next_start_puts_it_back(topology: Topology, start: Start) -> None:
+    daemon = start(topology, policy=POLICY)
+    workload = topology.add_veth()
+    attached = daemon.attach(interface=workload.host_if, hook="xdp")
+    daemon.kill()
+    take_off(daemon, attached.id)
+    assert (topology.arrived(workload, UDP4, OUTSIDE4), topology.arrived(workload, UDP6, OUTSIDE6)) == (3, 0)
+    daemon.start()
+    (told,) = daemon.own_events("hook_put_back", attached.id)
+    assert "unless only XDP was missing: TC fenced it then" in told["effect"]
+    with topology.host.inside(), Rtnl() as netlink:
+        assert get_xdp_programs(netlink, socket.if_nametoindex(workload.host_if))
+    assert (topology.arrived(workload, UDP4, OUTSIDE4), topology.arrived(workload, UDP6, OUTSIDE6)) == (3, 0)
+    assert daemon.info(attached.id).packets_blocked >= 6
+    daemon.detach(attached.id)
+
+
 def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(topology: Topology, start: Start) -> None:
     daemon = start(topology, policy=POLICY)
     workload = topology.add_veth()
     attached = daemon.attach(interface=workload.host_if, hook="xdp")
     tc = daemon.attach(interface=topology.add_veth().host_if)
     daemon.stop()
-    link = links.obj_get(daemon.pins / "links" / f"{attached.id}-xdp")
-    links.link_detach(link)
-    os.close(link)
+    take_off(daemon, attached.id)
     workload.inside.ip("link set eth0 mtu 9000")
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
     daemon.start()
