@@ -89,6 +89,7 @@ MODULES: Mapping[str, Covers] = {
     "test_shapes::test_an_ipv4_mapped_destination_meets_the_ipv4_rules": Covers(modes=_ALLOWLIST, families=("ipv6",)),
     "test_shapes::test_arp_always_passes": Covers(modes=("block_all", *_LISTS), families=NEITHER),
     "test_takeover": Covers((TC,), ("denylist",), ("ipv4",)),
+    "test_throughput": Covers((TC,), _ALLOWLIST, FAMILIES),
     "test_verdict": Covers((TC,), (), FAMILIES),
     "test_verdict::test_mode_changes_bite_at_once": Covers(modes=MODES[:-1]),
     "test_verdict::test_audit_drops_nothing_and_counts_what_would_be": Covers(modes=(AUDIT,)),
