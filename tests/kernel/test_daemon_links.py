@@ -23,6 +23,8 @@ from netfence.dataplane import links
 from netfence.dataplane.links import AttachType
 from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
 
+pytestmark = pytest.mark.userspace
+
 OUTSIDE6 = "2001:db8:77::1"
 POLICY: dict[str, Any] = {"default": {"mode": "allowlist"}}
 

@@ -76,7 +76,7 @@ def assert_judged(topology: Topology, fenced: Attachment, workload: Workload, se
 @pytest.fixture
 def detour(topology: Topology) -> Iterator[Workload]:
     """Give a workload that sends on an interface of its own, `side0`, instead of the one that is fenced."""
-    workload = topology.add_veth()
+    workload = topology.add_bridged()
     netns, sender = workload.inside, workload.sender
     veth((netns, "side0"), (netns, "side1"))
     netns.ip("link set side0 arp off up", "link set side1 arp off up")
@@ -95,7 +95,7 @@ def test_packets_that_a_redirect_brought(topology: Topology, fence: Fence, detou
         fenced_by_xdp(fence, detour.host_if, hook.removeprefix("xdp-")) as fenced,
         running(fence, detour.inside, "side0", Side.EGRESS, redirecting(out)),
     ):
-        assert_judged(topology, fenced, detour)
+        assert_judged(topology, fenced, detour, sentinels=1)
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def hold_in_an_ifb(netns: NetNs) -> Callable[[], int]:
     except RuntimeError:
         without_link_kind("ifb")
     for line in (
-        "qdisc add dev ifb7 root tbf rate 8kbit burst 100 latency 20s",
+        "qdisc add dev ifb7 root tbf rate 500bit burst 100 latency 40s",
         "qdisc add dev eth0 clsact",
         "filter add dev eth0 egress protocol all u32 match u32 0 0 action mirred egress redirect dev ifb7",
     ):
@@ -234,7 +234,7 @@ def assert_dropped_from_an_ifb(
     "hook", ["xdp-native", "xdp-generic", pytest.param("tc", marks=pytest.mark.xfail(reason=PAST_TC))]
 )
 def test_packets_that_an_ifb_marked(topology: Topology, fence: Fence, hook: str) -> None:
-    workload = topology.add_veth()
+    workload = topology.add_bridged()
     waiting = hold_in_an_ifb(workload.inside)
     fencing = fence.interface(workload.host_if) if hook == "tc" else fenced_by_xdp(fence, workload.host_if, hook[4:])
     with fencing as fenced:
