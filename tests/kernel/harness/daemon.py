@@ -28,7 +28,7 @@ import yaml
 
 from harness import sandbox, topology, warm
 from harness.cgroup import Cgroup
-from harness.deadline import wait_for
+from harness.deadline import DEFAULT_TIMEOUT_S, SLOWNESS, wait_for
 from harness.netns import NetNs
 from harness.spawn import spawn, stop
 from netfence.api.client import DaemonClient, RefusedError, UnreachableError
@@ -46,8 +46,8 @@ from netfence.store import DATABASE
 from netfence.v1 import daemon_pb2
 
 PROGRAM = Path(sys.executable).with_name("netfenced")
-START_TIMEOUT_S = 60.0  # emulated kernels compile for 15 s
-STOP_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0 * SLOWNESS
+STOP_TIMEOUT_S = 20.0 * SLOWNESS
 LOG_TAIL_LINES = 40
 BLOCK_ALL: dict[str, Any] = {"default": {"mode": "block_all"}}
 
@@ -320,7 +320,7 @@ class Netfenced:
                 found.append(entry)
         return found
 
-    def wait_event(self, name: str, timeout_s: float = 10.0) -> dict[str, Any]:
+    def wait_event(self, name: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> dict[str, Any]:
         """Wait for an event in the log and return its first occurrence."""
         return wait_for(lambda: self.events(name), f"event {name} in {self.log_file}", timeout_s)[0]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import syscalls
+from harness.deadline import SLOWNESS
 
 THREAD_NS = Path("/proc/thread-self/ns/net")
 
@@ -87,9 +88,9 @@ class NetNs:
         return [found for found in json.loads(self.run("ip", "-j", "-d", *arguments).stdout or "[]") if found]
 
     def run(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a program inside to its end, at most 30 s."""
+        """Run a program inside to its end, at most 30 s (emulated 300)."""
         with self.inside():
-            return subprocess.run(argv, text=True, capture_output=True, check=check, timeout=30)
+            return subprocess.run(argv, text=True, capture_output=True, check=check, timeout=30 * SLOWNESS)
 
     def sysctl(self, key: str, value: str) -> None:
         """Set /proc/sys/<key>, which for net/ is the one of the namespace of the thread that writes."""

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from harness.deadline import SLOWNESS
 from harness.netns import NetNs
 
 ETH_P_ALL = 3
@@ -27,7 +28,7 @@ ETH_P_ARP = 0x0806
 SOL_PACKET = 263
 PACKET_IGNORE_OUTGOING = 23
 RECEIVE_BUFFER = 8 << 20  # bytes: thousands of small frames between two reads
-TIMEOUT_S = 5.0
+TIMEOUT_S = 5.0 * SLOWNESS
 BROADCAST = b"\xff" * 6
 
 
