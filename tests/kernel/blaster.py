@@ -1,6 +1,6 @@
 """The program that floods: sends the same packets again and again with `sendmmsg`, as fast as one CPU can.
 
-Run by `throughput.Blaster` with Python's standard library alone, so that it starts in milliseconds. Argument 1 is the
+Run by `flood.Sender` with Python's standard library alone, so that it starts in milliseconds. Argument 1 is the
 CPU it stays on, argument 2 a JSON list of sources, each ``{"device": name}`` (whole frames, AF_PACKET) or ``{"to":
 [host, port]}`` (a connected UDP socket) with its ``"packets"`` in hexadecimal. Packets are made once, before the first
 is sent. A cycle is every packet of every source once, in that order.
@@ -29,8 +29,8 @@ class _Iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_char_p), ("length", ctypes.c_size_t)]
 
 
-class _Message(ctypes.Structure):
-    """struct mmsghdr: a msghdr, which ends with padding, and how many bytes of it were sent."""
+class _Header(ctypes.Structure):
+    """struct msghdr, which ends with padding."""
 
     _fields_ = [
         ("name", ctypes.c_void_p),
@@ -40,9 +40,13 @@ class _Message(ctypes.Structure):
         ("control", ctypes.c_void_p),
         ("control_length", ctypes.c_size_t),
         ("flags", ctypes.c_int),
-        ("padding", ctypes.c_int),
-        ("sent", ctypes.c_uint32),
     ]
+
+
+class _Message(ctypes.Structure):
+    """struct mmsghdr: a message, and how many bytes of it were sent."""
+
+    _fields_ = [("header", _Header), ("sent", ctypes.c_uint32)]
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,7 +61,7 @@ class Source:
         self._iovecs = (_Iovec * self.count)(*[_Iovec(each, len(each)) for each in packets])
         self._messages = (_Message * self.count)()
         for message, iovec in zip(self._messages, self._iovecs, strict=True):
-            message.iov, message.iov_count = ctypes.pointer(iovec), 1
+            message.header.iov, message.header.iov_count = ctypes.pointer(iovec), 1
         if "device" in told:
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             self._socket.bind((told["device"], 0))
@@ -65,14 +69,17 @@ class Source:
             host, port = told["to"]
             self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
             self._socket.connect((host, port))
-
         self.refused = self.again = 0
+
+    def hand_over(self, at: int = 0) -> int:
+        """Hand the packets from the one at `at` on to the kernel; how many it took, -1 (see errno) if not the first."""
+        return int(_libc.sendmmsg(self._socket.fileno(), ctypes.byref(self._messages[at]), self.count - at, 0))
 
     def send(self) -> None:
         """Send every packet once."""
         at = 0
         while at < self.count:
-            sent = _libc.sendmmsg(self._socket.fileno(), ctypes.byref(self._messages[at]), self.count - at, 0)
+            sent = self.hand_over(at)
             if sent < 0:  # the first packet
                 error = ctypes.get_errno()
                 if error not in (errno.EPERM, errno.ENOBUFS):
@@ -81,6 +88,10 @@ class Source:
             else:
                 self.again += sent < self.count - at
             at += abs(sent)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
 
 
 def blast(sources: list[Source], packets: int) -> dict[str, float]:

@@ -12,10 +12,10 @@ from contextlib import closing
 
 import pytest
 
-from flood import FarEnd, flood
+from flood import FarEnd, flood, wait_for_more
 from harness import packets
 from harness.deadline import SLOWNESS, wait_for
-from harness.fence import Attachment, Fence, moved
+from harness.fence import Fence, moved
 from harness.topology import INTERNET_IF, UP_IF, Topology, Workload
 from harness.wire import Meter, PacketSender, Sniffer, Tag
 from netfence.policy.commands import BulkUpdate, apply
@@ -25,17 +25,6 @@ from netfence.policy.policy import EMPTY, Policy
 ALLOWED = {"ipv4": "203.0.113.80", "ipv6": "2001:db8:b::80"}
 DENIED = {"ipv4": "203.0.113.81", "ipv6": "2001:db8:b::81"}
 SWITCHES, FEWER_SWITCHES, RULES = (200, 40, 3000) if SLOWNESS == 1 else (20, 10, 300)
-
-
-def wait_for_more(fenced: Attachment, reason: Reason | None = None) -> None:
-    """Wait until another packet is counted, under that reason if one is given."""
-
-    def seen() -> int:
-        packets = fenced.counters().packets
-        return sum(packets) if reason is None else packets[reason]
-
-    before = seen()
-    wait_for(lambda: seen() > before, "the next packet")
 
 
 def arrived(topology: Topology, workload: Workload, to: str) -> int:

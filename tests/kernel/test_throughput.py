@@ -13,28 +13,23 @@ program is told (`record_property`), not asserted.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
 
-from flood import FarEnd
+from flood import FarEnd, Sent, Source, wait_for_more
 from harness.cgroup import Cgroup
 from harness.deadline import SLOWNESS, wait_for
 from harness.fence import Attachment, Fence, moved
 from harness.topology import Topology, Workload
 from measure import Series, compare, ratio
-from netfence.dataplane import links, rawprog
 from netfence.dataplane.hooks import xdp
-from netfence.dataplane.links import AttachType
-from netfence.dataplane.rawprog import ProgType
 from netfence.policy.modes import Mode, Reason, is_drop
-from test_atomic import policy, wait_for_more
-from throughput import ALLOWED, DENIED, Addresses, Blaster, Sent, Source, blackholes, scapy, sockets
-from xdp_tools import fenced_by_xdp
+from test_atomic import policy
+from throughput import ALLOWED, DENIED, Addresses, Blaster, blackholes, scapy, sockets
+from xdp_tools import fenced_by_xdp, foreign_xdp
 
 pytestmark = [pytest.mark.serial, pytest.mark.timeout(120)]
 
@@ -44,7 +39,6 @@ RULES = 300  # of each family
 PACKETS = 2_000 if SLOWNESS > 1 else 12_800  # in a round
 DENIED_PACKETS = 10_000 if SLOWNESS > 1 else 50_000  # of which one in a thousand would be seen for certain
 SWITCHES = 24
-XDP_PASS = 2
 HOOKS = ["tc", "xdp-native", "xdp-generic", "cgroup"]
 STREAMS = [(hook, stream) for hook in HOOKS for stream in ("sockets", "scapy") if (hook, stream) != ("cgroup", "scapy")]
 
@@ -88,20 +82,12 @@ class Lanes:
             return self.fence.cgroup(self.cgroups["fenced"])
         return fenced_by_xdp(self.fence, self.workload.host_if, self.hook.removeprefix("xdp-"))
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
+    def passing(self) -> AbstractContextManager[object]:
         """Have an XDP program that passes everything beside the fence, where the fence is one."""
-        with ExitStack() as stack:
-            if self.hook.startswith("xdp"):
-                program = rawprog.load_raw(
-                    ProgType.XDP, rawprog.returning(XDP_PASS), expected_attach_type=AttachType.XDP, name="passing"
-                )
-                stack.callback(os.close, program)
-                mode = xdp.NATIVE if self.hook == "xdp-native" else xdp.GENERIC
-                with self.topology.host.inside():
-                    link = links.link_create_xdp(program, socket.if_nametoindex(self.other.host_if), mode)
-                stack.callback(os.close, link)
-            yield
+        if not self.hook.startswith("xdp"):
+            return nullcontext()
+        mode = xdp.NATIVE if self.hook == "xdp-native" else xdp.GENERIC
+        return foreign_xdp(self.topology.host, self.other.host_if, mode)
 
 
 @pytest.fixture

@@ -10,27 +10,22 @@ What has come through is thrown away at the internet's door by a route, so that 
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from flood import Sender, Source
 from harness import packets
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
 from harness.netns import NetNs
 from harness.packets import Shape
-from harness.spawn import spawn, stop
 from harness.topology import INTERNET_IF, UP_IF, Topology, Workload
-from harness.wire import Tag, harness_cpu
+from harness.wire import Tag
 
-PROGRAM = Path(__file__).with_name("blaster.py")
 ALLOWED = {4: "203.0.113.80", 6: "2001:db8:b::80"}
 DENIED = {4: "203.0.113.81", 6: "2001:db8:b::81"}
 DISCARD = 9
@@ -43,7 +38,6 @@ SHAPES = (
 )  # fmt: skip
 SIZES = (0, 400, 1300)  # bytes of payload behind the tag
 
-Source = dict[str, Any]  # see blaster.py
 Addresses = dict[int, str]  # by family
 
 
@@ -103,17 +97,6 @@ class LinkCounters:
         os.close(self._fd)
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """What a sender did: packets handed to the kernel, those of whole cycles among them, those refused (EPERM)."""
-
-    packets: int
-    whole: int
-    refused: int
-    began: float
-    ended: float
-
-
 class Way:
     """The way from a workload to the internet's door: what got lost on it for want of room, and what arrived."""
 
@@ -136,47 +119,14 @@ class Way:
             each.close()
 
 
-class Blaster:
-    """A process in a workload that sends one stream when told to. Close it."""
+class Blaster(Sender):
+    """A sender in a workload, and the way that its packets take."""
 
     def __init__(
         self, topology: Topology, workload: Workload, stream: list[Source], cgroup: Cgroup | None = None
     ) -> None:
+        super().__init__(workload.netns, stream, cgroup)
         self.way = Way(topology, workload)
-        self._per_cycle = sum(len(each["packets"]) for each in stream)
-        argv = [sys.executable, "-I", "-S", str(PROGRAM), str(harness_cpu()), json.dumps(stream)]
-        self._process = spawn(argv, netns=workload.netns, cgroup=cgroup, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._answer() == "ready"
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"the sender ended with {self._process.wait()}"
-        return json.loads(line)
-
-    def _say(self, text: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{text}\n".encode())
-        self._process.stdin.flush()
-
-    def _sent(self) -> Sent:
-        told = self._answer()
-        whole = told["cycles"] * self._per_cycle
-        return Sent(whole + told["again"], whole, told["refused"], told["began"], told["ended"])
-
-    def send(self, count: int) -> Sent:
-        """Send at least so many packets."""
-        self._say(str(count))
-        return self._sent()
-
-    @contextmanager
-    def flooding(self) -> Iterator[list[Sent]]:
-        """Send while inside; the list gets what was sent."""
-        sent: list[Sent] = []
-        self._say("0")
-        yield sent
-        self._say("")
-        sent.append(self._sent())
 
     def flow(self, count: int) -> tuple[int, float]:
         """Send at least so many packets; return how many arrived, and how many did a second, until the last one had.
@@ -199,8 +149,8 @@ class Blaster:
         return int(through), through / ((sent.ended if at_once else ended) - sent.began)
 
     def close(self) -> None:
-        """End the process."""
-        stop(self._process)
+        """End the process and close the counters."""
+        super().close()
         self.way.close()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench_plane import Plane
+from blaster import Source
 from harness.netns import NetNs
 from harness.topology import INTERNET_IF, Topology
 from netfence.dataplane.plane import Static
@@ -237,49 +238,26 @@ FILTERS: dict[str, type[Filter]] = {
 }
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_char_p), ("length", ctypes.c_size_t)]
-
-
-class _Message(ctypes.Structure):
-    _fields_ = [
-        ("name", ctypes.c_void_p),
-        ("name_length", ctypes.c_uint32),
-        ("iov", ctypes.POINTER(_Iovec)),
-        ("iov_count", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_length", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-        ("sent", ctypes.c_uint32),
-    ]
-
-
 class Blaster:
     """Sends UDP packets as fast as one thread can (sendmmsg): system calls cost little beside the path."""
 
     def __init__(self, netns: NetNs, server: str, port: int) -> None:
         with netns.inside():
-            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.connect((server, port))
-        self._iovec = _Iovec(PAYLOAD, len(PAYLOAD))
-        self._messages = (_Message * BATCH)()
-        for message in self._messages:
-            message.iov, message.iov_count = ctypes.pointer(self._iovec), 1
-        self._libc = ctypes.CDLL(None, use_errno=True)
+            self._source = Source({"to": (server, port), "packets": [PAYLOAD.hex()] * BATCH})
 
     def send(self, packets: int) -> float:
         """Send so many and return how long it took, in seconds: veth delivers in the sender's own time."""
         left = packets
         start = time.perf_counter()
         while left:
-            sent = self._libc.sendmmsg(self._socket.fileno(), self._messages, min(BATCH, left), 0)
+            sent = self._source.hand_over(max(0, BATCH - left))
             assert sent > 0, os.strerror(ctypes.get_errno())
             left -= sent
         return time.perf_counter() - start
 
     def close(self) -> None:
         """Close the socket."""
-        self._socket.close()
+        self._source.close()
 
 
 def received(topology: Topology) -> int:
