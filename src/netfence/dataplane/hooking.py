@@ -15,6 +15,7 @@ from pathlib import Path
 from netfence.dataplane import links, probe
 from netfence.dataplane.cgroups import CgroupTarget
 from netfence.dataplane.hooks import cgroup, clsact, tcx, xdp
+from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.loader import Loaded
 from netfence.dataplane.target import Direction, InterfaceTarget, side_of
 
@@ -54,17 +55,32 @@ class Hooks:
 
     def put_back_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> bool:
         """Attach what is not in force on this very device; False when something was not."""
-        whole = True
-        if not self._tc_attached(target, direction, name):
-            if self._tcx:
-                tcx.detach(self._pin(name, MAIN))  # what is left of a link that somebody took off
-            self._attach_tc(target, direction, name)
-            whole = False
+        side = side_of(direction)
+        if self._tcx:
+            whole = self._put_back_tcx(target, side, name, MAIN, "nf_tc")
+        else:
+            whole = clsact.attached(target.ifindex, side) is not None
+            if not whole:
+                self._attach_tc(target, direction, name)
         if with_xdp and not xdp.attached(self._pin(name, XDP), target.ifindex):
-            xdp.detach(self._pin(name, XDP))
+            xdp.detach(self._pin(name, XDP))  # what is left of a link that somebody took off
             self._attach_xdp(target, name)
             whole = False
         return whole
+
+    def _put_back_tcx(self, target: InterfaceTarget, side: Side, name: str, hook: str, program: str) -> bool:
+        pin = self._pin(name, hook)
+        if tcx.attached(pin, target.ifindex, side):
+            return True
+        tcx.detach(pin)  # what is left of a link that somebody took off
+        tcx.attach(self._programs[program], target.ifindex, target.name, side, pin)
+        return False
+
+    def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> None:
+        pin = self._pin(name, hook)
+        if not cgroup.attached(pin, target.cgroup_id):
+            cgroup.detach(pin)  # what is left of a link that somebody took off
+            cgroup.attach(self._programs[program], target.fd, target.path, cgroup.ATTACH_TYPES[attach_type], pin)
 
     def _attach_tc(self, target: InterfaceTarget, direction: Direction, name: str) -> None:
         side = side_of(direction)
@@ -76,12 +92,6 @@ class Hooks:
 
     def _attach_xdp(self, target: InterfaceTarget, name: str) -> str:
         return xdp.attach(self._programs["nf_xdp"], target.ifindex, target.name, self._pin(name, XDP))
-
-    def _tc_attached(self, target: InterfaceTarget, direction: Direction, name: str) -> bool:
-        side = side_of(direction)
-        if self._tcx:
-            return tcx.attached(self._pin(name, MAIN), target.ifindex, side)
-        return clsact.attached(target.ifindex, side) is not None
 
     def detach_interface(self, target: InterfaceTarget, name: str) -> None:
         """Take all programs off; idempotent."""
@@ -97,10 +107,8 @@ class Hooks:
     def attach_cgroup(self, target: CgroupTarget, name: str, *, first: bool) -> None:
         """Attach `connect4` alone (`first`), or the others; programs in place already are left alone."""
         for hook, program in CGROUP_PROGRAMS.items():
-            pin = self._pin(name, hook)
-            if (hook == "connect4") == first and not cgroup.attached(pin, target.cgroup_id):
-                cgroup.detach(pin)  # what is left of a link that somebody took off
-                cgroup.attach(self._programs[program], target.fd, target.path, cgroup.ATTACH_TYPES[hook], pin)
+            if (hook == "connect4") == first:
+                self._put_back_cgroup(target, name, hook, program, hook)
 
     def cgroup_attached(self, target: CgroupTarget, name: str) -> bool:
         """Tell whether every program is in force on this very cgroup."""
@@ -113,19 +121,14 @@ class Hooks:
 
     def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
         """Put the program that notes connections begun from outside onto the opposite hook."""
-        pin = self._pin(name, INBOUND)
         if isinstance(target, CgroupTarget):
-            if not cgroup.attached(pin, target.cgroup_id):
-                cgroup.detach(pin)
-                program = self._programs["nf_cgroup_inbound"]
-                cgroup.attach(program, target.fd, target.path, cgroup.ATTACH_TYPES["ingress"], pin)
+            self._put_back_cgroup(target, name, INBOUND, "nf_cgroup_inbound", "ingress")
             return
         side = side_of(direction or Direction.WORKLOAD).opposite
-        if not self._tcx:
+        if self._tcx:
+            self._put_back_tcx(target, side, name, INBOUND, "nf_tc_inbound")
+        else:
             clsact.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, self._pin(name, QDISC))
-        elif not tcx.attached(pin, target.ifindex, side):
-            tcx.detach(pin)
-            tcx.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, pin)
 
     def in_front(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> list[str]:
         """Describe the foreign programs that see packets before ours."""
