@@ -70,13 +70,13 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What to boot and with how much; `limits` in seconds of this machine's clock."""
+    """What to boot and with how much; limits in seconds of this machine's clock."""
 
     kernel: Installed
     cpus: int = 1
     memory: str = "2G"
     boot_s: float = 180.0  # until the guest says that it is up: ten times what emulation takes
-    idle_s: float = 240.0  # without a byte of output: longer than any one test may take
+    idle_s: float = 240.0  # without a byte of output
     total_s: float = 3600.0
 
 
@@ -169,11 +169,11 @@ def _script(command: Sequence[str], share: Path, env: Mapping[str, str]) -> str:
     exports = {"SHARE": str(share), "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1", **env}
     lines = [
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        f"cd {shlex.quote(str(ROOT))} && : > $SHARE/up",
+        f'cd {shlex.quote(str(ROOT))} && : > "$SHARE/up"',
         "mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf",
         "modprobe tun",  # /dev/net/tun: where udev runs it is there, virtme-ng's own init makes none
-        f"{shlex.join(command)} > $SHARE/output 2>&1 < /dev/null",
-        "echo $? > $SHARE/status.new && mv $SHARE/status.new $SHARE/status",
+        f'{shlex.join(command)} > "$SHARE/output" 2>&1 < /dev/null',
+        'echo $? > "$SHARE/status.new" && mv "$SHARE/status.new" "$SHARE/status"',
         "sync",
     ]
     return "\n".join(lines) + "\n"

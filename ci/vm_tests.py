@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import vm
 from infrastructure import EXIT_STATUS, InfrastructureError
@@ -47,7 +47,7 @@ class Result:
     @property
     def status(self) -> int:
         """The exit status that this result is worth."""
-        return {Outcome.PASSED: 0, Outcome.FAILED: 1}.get(Outcome(self.outcome), EXIT_STATUS)
+        return {str(Outcome.PASSED): 0, str(Outcome.FAILED): 1}.get(self.outcome, EXIT_STATUS)
 
 
 def run(kernel: Kernel, marked: str, extra: list[str]) -> Result:
@@ -61,7 +61,7 @@ def run(kernel: Kernel, marked: str, extra: list[str]) -> Result:
     made = SHARES / kernel.series / "junit.xml"
     if made.exists():
         shutil.copy(made, junit)
-    told.write_text(json.dumps({name: getattr(result, name) for name in Result.__slots__}, indent=1), encoding="utf-8")
+    told.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     tell(f"{result.outcome}: {result.detail}")
     return result
 
