@@ -9,6 +9,7 @@
 | `agent` | module | a process in the workload's namespace |
 | `cgroups` | function | makes cgroups, removes them |
 | `fresh` | function | makes topologies and daemons of a test's own |
+| `start` | function | makes daemons that a test tries the lives of (daemons.py) |
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from daemons import Start, starting
 from harness import cgroup, sandbox
 from harness.agent import Agent
 from harness.cgroup import Cgroup
@@ -95,6 +97,13 @@ def fresh(tmp_path: Path) -> Iterator[Fresh]:
     """Give a maker of things of a test's own."""
     with ExitStack() as stack:
         yield Fresh(stack, tmp_path)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Give a function that starts daemons of a test's own."""
+    with starting(tmp_path) as start:
+        yield start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from harness.needs import needs
-from netfence.dataplane import probe, rawprog
+from netfence.dataplane import links, probe, rawprog
 from netfence.dataplane.rawprog import ProgType
 
 CLONE_NEWNET = 0x40000000
@@ -28,6 +28,15 @@ PORT = 9
 HOST_IP, WORKLOAD_IP = "10.91.0.1", "10.91.0.2"
 DEADLINE_S = 5.0
 needs_tcx = needs("tcx")
+
+
+def take_off(pin: Path) -> None:
+    """Detach a pinned link, as `bpftool link detach` does: the pin stays, and holds nothing any more."""
+    link = links.obj_get(pin)
+    links.link_detach(link)
+    os.close(link)
+
+
 # An emulated CPU (the guests of the kernel matrix) is some fifteen times slower; bounds on time allow for that.
 SLOWNESS = 20 if "TCG" in Path("/proc/cpuinfo").read_text() else 1
 SILENCE_S = 0.15  # a veth delivers in the sender's own softirq: what has not come by then does not come

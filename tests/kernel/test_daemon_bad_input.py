@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from daemons import Fenced, Start, starting
+from daemons import Fenced, Start
 from harness.agent import Agent
 from harness.cgroup import root as cgroup_root
 from harness.daemon import PROGRAM
@@ -29,13 +29,6 @@ def daemon(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Give a daemon that lives as long as the test module."""
     with Fenced(topology, tmp_path_factory.mktemp("netfenced")) as running:
         yield running
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that starts daemons of a test's own."""
-    with starting(tmp_path) as start:
-        yield start
 
 
 @pytest.fixture

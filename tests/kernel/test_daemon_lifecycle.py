@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from daemons import Fenced, Start, starting
+from daemons import Fenced, Start
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.daemon import host_port
@@ -38,13 +38,6 @@ def daemon(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Give a daemon that lives as long as the test module; a test detaches what it attached."""
     with Fenced(topology, tmp_path_factory.mktemp("netfenced")) as running:
         yield running
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that starts daemons of a test's own."""
-    with starting(tmp_path) as start:
-        yield start
 
 
 def allow(*cidrs: str) -> dict[str, Any]:

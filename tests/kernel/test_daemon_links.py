@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from daemons import Start, starting
+from daemons import Start
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.fresh import Fresh
@@ -19,6 +17,7 @@ from harness.needs import needs
 from harness.netns import NetNs
 from harness.packets import UDP6
 from harness.topology import Topology
+from hooktools import take_off
 from netfence.dataplane import links
 from netfence.dataplane.links import AttachType
 from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
@@ -27,13 +26,6 @@ pytestmark = pytest.mark.userspace
 
 OUTSIDE6 = "2001:db8:77::1"
 POLICY: dict[str, Any] = {"default": {"mode": "allowlist"}}
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that starts daemons of a test's own."""
-    with starting(tmp_path) as start:
-        yield start
 
 
 @pytest.fixture
@@ -67,9 +59,7 @@ def test_links_that_somebody_takes_off_are_put_back_by_the_next_start(
         if not running:
             daemon.stop()
         for pin in (daemon.pins / "links").iterdir():
-            link = links.obj_get(pin)
-            links.link_detach(link)
-            os.close(link)
+            take_off(pin)
         assert passes()
         if running:
             daemon.stop()

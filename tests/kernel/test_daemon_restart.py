@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemons import Fenced, Start, starting
+from daemons import Fenced, Start
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.deadline import wait_for
@@ -34,13 +33,6 @@ POLICY: dict[str, Any] = {
         "dns": {"mode": "allowlist", "allow": ["good.test", "other.test"]},
     }
 }
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that starts daemons of a test's own."""
-    with starting(tmp_path) as start:
-        yield start
 
 
 @pytest.fixture

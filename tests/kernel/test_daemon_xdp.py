@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemons import Fenced, Start, starting
+from daemons import Fenced, Start
 from harness.agent import Agent
 from harness.deadline import wait_for
 from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import Topology
+from hooktools import take_off
 from netfence.api.client import RefusedError
-from netfence.dataplane import links
 from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
 from netfence.v1 import daemon_pb2
 
@@ -29,13 +26,6 @@ POLICY: dict[str, Any] = {
         "dns": {"mode": "allowlist", "allow": ["good.test"]},
     }
 }
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that starts daemons of a test's own."""
-    with starting(tmp_path) as start:
-        yield start
 
 
 @pytest.fixture
@@ -148,19 +138,12 @@ def test_a_device_that_went_while_nobody_looked(topology: Topology, start: Start
     assert not daemon.link_pins()
 
 
-def take_off(daemon: Fenced, attachment_id: str) -> None:
-    """Detach the link of XDP, as `bpftool link detach` does; its pin stays."""
-    link = links.obj_get(daemon.pins / "links" / f"{attachment_id}-xdp")
-    links.link_detach(link)
-    os.close(link)
-
-
 def test_while_it_is_off_nothing_is_open_and_the_next_start_puts_it_back(topology: Topology, start: Start) -> None:
     daemon = start(topology, policy=POLICY)
     workload = topology.add_veth()
     attached = daemon.attach(interface=workload.host_if, hook="xdp")
     daemon.kill()
-    take_off(daemon, attached.id)
+    take_off(daemon.pins / "links" / f"{attached.id}-xdp")
     assert (topology.arrived(workload, UDP4, OUTSIDE4), topology.arrived(workload, UDP6, OUTSIDE6)) == (3, 0)
     daemon.start()
     (told,) = daemon.own_events("hook_put_back", attached.id)
@@ -178,7 +161,7 @@ def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(topology: Topolo
     attached = daemon.attach(interface=workload.host_if, hook="xdp")
     tc = daemon.attach(interface=topology.add_veth().host_if)
     daemon.stop()
-    take_off(daemon, attached.id)
+    take_off(daemon.pins / "links" / f"{attached.id}-xdp")
     workload.inside.ip("link set eth0 mtu 9000")
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
     daemon.start()

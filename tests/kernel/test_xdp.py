@@ -20,6 +20,7 @@ from harness.packets import DOT1AD, DOT1Q, ETHERNET_BYTES
 from harness.topology import BRIDGE_IF, Topology, Workload
 from harness.tuntap import IFF_NO_PI, IFF_TAP
 from harness.wire import Tag
+from hooktools import take_off
 from netfence.dataplane import links, rtnl
 from netfence.dataplane.hooks import tcx, xdp
 from netfence.dataplane.hooks.chain import Side
@@ -141,9 +142,7 @@ def test_a_link_that_somebody_takes_off_opens_nothing_and_is_put_back(
 ) -> None:
     with fenced_by_xdp(fence, workload.host_if, "native") as fenced:
         fenced.replace(Mode.ALLOWLIST)
-        link = links.obj_get(fence.plane._bpffs_dir / "links" / f"{fenced.name}-xdp")
-        links.link_detach(link)
-        os.close(link)
+        take_off(fence.plane._bpffs_dir / "links" / f"{fenced.name}-xdp")
         assert programs(fence, workload)[0] == []
 
         def put_back() -> bool:
