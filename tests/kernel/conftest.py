@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,7 @@ from harness.daemon import Netfenced
 from harness.deadline import SLOWNESS
 from harness.fresh import Fresh
 from harness.needs import FIRST_KERNEL, earned, needs, version
+from harness.parts import parted
 from harness.topology import NAMESERVER4, NAMESERVER6, Topology, Workload
 from harness.unbound import Unbound
 from netfence.dataplane import probe
@@ -106,8 +108,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let each test say in the JUnit file what it covers, and let those of tcx wait for a kernel that has it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let each test say in the JUnit file what it covers, and let those of tcx wait for a kernel that has it.
+
+    `NETFENCE_PART=2/4` leaves out what is for the other three parts, which are other kernels (ci/vm_tests.py).
+    """
+    if told := os.environ.get("NETFENCE_PART"):
+        part, _, parts = told.partition("/")
+        items[:], left = parted(items, int(part), int(parts))
+        config.hook.pytest_deselected(items=left)
     has_tcx = probe.kernel_version() >= version(FIRST_KERNEL["tcx"])
     for item in items:
         if not isinstance(item, pytest.Function):
