@@ -37,8 +37,6 @@ def take_off(pin: Path) -> None:
     os.close(link)
 
 
-# An emulated CPU (the guests of the kernel matrix) is some fifteen times slower; bounds on time allow for that.
-SLOWNESS = 20 if "TCG" in Path("/proc/cpuinfo").read_text() else 1
 SILENCE_S = 0.15  # a veth delivers in the sender's own softirq: what has not come by then does not come
 
 _libc = ctypes.CDLL(None, use_errno=True)

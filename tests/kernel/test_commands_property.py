@@ -26,9 +26,9 @@ import structlog
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
+from harness.deadline import SLOWNESS
 from harness.fence import Fence, packed
 from harness.topology import Topology
-from hooktools import SLOWNESS
 from map_dump import NEVER, Rule, dump, filled_indices
 from netfence import policy_codec
 from netfence.attachment import Attachment, start_policy
@@ -556,7 +556,7 @@ SETTINGS = settings(deadline=None, print_blob=True, suppress_health_check=[Healt
 
 
 @pytest.mark.timeout(400)  # some 15 s; a failure takes its time until it is small
-@settings(SETTINGS, max_examples=300 if SLOWNESS == 1 else 40, derandomize=True)
+@settings(SETTINGS, max_examples=300 if SLOWNESS == 1 else 10, derandomize=True)
 @given(first=FIRST, steps=STEPS)
 @example(first=OPEN, steps=SHORTENED)
 def test_commands_leave_what_a_fresh_daemon_would_load(world: World, first: BulkUpdate, steps: list[Step]) -> None:

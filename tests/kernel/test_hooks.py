@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.deadline import SLOWNESS
 from harness.needs import needs
 from hooktools import (
-    SLOWNESS,
     TC_ACT_SHOT,
     TCX_NEXT,
     Probe,

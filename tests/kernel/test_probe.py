@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hooktools import SLOWNESS, bpffs, open_descriptors
+from harness.deadline import SLOWNESS
+from hooktools import bpffs, open_descriptors
 from netfence.dataplane import links, probe, rawprog
 from netfence.dataplane.rawprog import Helper, ProgType
 from netfence.errors import PermissionDeniedError, PreconditionError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import sandbox
+from harness import warm
+from harness.fence import MAX_LEASES
 from harness.packets import UDP4
 from harness.topology import Topology, Workload
 from netfence.dataplane.plane import DataPlane, Static
@@ -31,8 +32,7 @@ STATIC = Static(dns_address=bytes([198, 51, 100, 254]), dns_port=11000)
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
-    (tmp_path / "data").mkdir()
-    with sandbox.bpffs(tmp_path / "bpf"):
+    with warm.bpffs(tmp_path / "bpf", tmp_path / "data", MAX_LEASES):
         yield tmp_path
 
 
@@ -66,13 +66,14 @@ def test_the_next_daemon_empties_no_table_in_force(topology: Topology, directory
 
         runner.run(second.detach(slot, target, "one"))
         assert topology.arrived(workload, UDP4, DENIED) == 3
-        runner.run(second.close(detach=True))
+        runner.run(second.close(detach=tcx is None))
     assert not any((directory / "bpf").rglob("links/*"))
 
 
 async def _open_with(directory: Path, tcx: bool | None) -> DataPlane:
-    pins = directory / "bpf" / "netfence"
-    return await DataPlane.open(pins, directory / "data", Mode.BLOCK_ALL, max_leases_total=1000, tcx=tcx)
+    """Open one; tests close it without `detach`, which would take the programs off the shelf (warm.py) as well."""
+    pins = directory / "bpf" / warm.PINS
+    return await DataPlane.open(pins, directory / "data", Mode.BLOCK_ALL, max_leases_total=MAX_LEASES, tcx=tcx)
 
 
 def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
         assert topology.arrived(workload, UDP4, OTHER) == 0
         assert plane.counters(slot).packets[Reason.DEFAULT_DROP] == 3
         runner.run(plane.detach(slot, target, "two"))
-        runner.run(plane.close(detach=True))
+        runner.run(plane.close(detach=False))
 
 
 EMPTY_ALLOWLIST = apply(
@@ -128,7 +129,7 @@ def test_a_lease_is_shortened_and_opened_again(topology: Topology, directory: Pa
         plane.shorten_lease(slot, address, time.monotonic() + 3600)  # closed: nothing to shorten, nothing opened
         assert topology.arrived(workload, UDP4, OTHER) == 0
         runner.run(plane.detach(slot, target, "one"))
-        runner.run(plane.close(detach=True))
+        runner.run(plane.close(detach=False))
 
 
 def test_a_claimed_slot_takes_policies_and_leases_before_its_hooks_are_taken_over(
@@ -152,7 +153,7 @@ def test_a_claimed_slot_takes_policies_and_leases_before_its_hooks_are_taken_ove
         assert topology.arrived(workload, UDP4, OTHER) == 3
         runner.run(second.detach(slot, target, "one"))
         assert list(second._loaded.maps["dns_endpoints"].keys()) == []  # also what only the first daemon wrote
-        runner.run(second.close(detach=True))
+        runner.run(second.close(detach=False))
 
 
 def test_a_slot_freed_twice_is_not_given_to_two(topology: Topology, directory: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_slot_freed_twice_is_not_given_to_two(topology: Topology, directory: P
         plane.free_slot(slot)
         assert plane.allocate_slot() == slot
         assert plane.allocate_slot() != slot
-        runner.run(plane.close(detach=True))
+        runner.run(plane.close(detach=False))
 
 
 def test_a_slot_lets_go_only_of_its_own_interface(topology: Topology, directory: Path) -> None:
@@ -177,4 +178,4 @@ def test_a_slot_lets_go_only_of_its_own_interface(topology: Topology, directory:
         plane.forget_interface(slot + 1, target.ifindex)
         _holds(topology, workload)
         runner.run(plane.detach(slot, target, "one"))
-        runner.run(plane.close(detach=True))
+        runner.run(plane.close(detach=False))

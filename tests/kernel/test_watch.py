@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 import uvloop
 
+from harness.deadline import SLOWNESS
 from hooktools import (
     DEADLINE_S,
-    SLOWNESS,
     TCX_NEXT,
     bpffs,
     cgroup,

@@ -26,6 +26,7 @@ FIRST_KERNEL = {
     "BIG TCP over ipv4": "6.3",
     "BIG TCP over ipv6": "5.19",
     "channels of a veth": "5.15",
+    "test runs of cgroup programs": "6.14",  # before, they have no `data_end`: every packet looks truncated
 }
 
 LINK_KINDS = {
