@@ -18,10 +18,12 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import vm
 from infrastructure import EXIT_STATUS, InfrastructureError
@@ -31,6 +33,7 @@ from vm import ROOT, Machine, Outcome
 
 JUNIT = ROOT / "build" / "junit"
 SHARES = ROOT / "build" / "vm"
+IMAGES = ROOT / "build" / "images"
 AT_ONCE = 2
 IDLE_S = 900.0  # one emulated test may take long without a word
 TOTAL_S = 3 * 3600.0
@@ -55,14 +58,14 @@ class Result:
         return {str(Outcome.PASSED): 0, str(Outcome.FAILED): 1}.get(self.outcome, EXIT_STATUS)
 
 
-def run(kernel: Kernel, marked: str, env: dict[str, str], extra: list[str]) -> Result:
+def run(kernel: Kernel, marked: str, env: dict[str, str], images: Mapping[Path, Path], extra: list[str]) -> Result:
     """Run the tests on one kernel and leave what the matrix reads."""
     JUNIT.mkdir(parents=True, exist_ok=True)
     told, junit = JUNIT / f"{kernel.series}.json", JUNIT / f"{kernel.series}.xml"
     for old in (told, junit):
         old.unlink(missing_ok=True)
     tell = teller(kernel.series)
-    result = _run(kernel, marked, env, extra, tell)
+    result = _run(kernel, marked, env, images, extra, tell)
     made = SHARES / kernel.series / "junit.xml"
     if made.exists():
         shutil.copy(made, junit)
@@ -71,7 +74,14 @@ def run(kernel: Kernel, marked: str, env: dict[str, str], extra: list[str]) -> R
     return result
 
 
-def _run(kernel: Kernel, marked: str, env: dict[str, str], extra: list[str], tell: Callable[[str], None]) -> Result:
+def _run(
+    kernel: Kernel,
+    marked: str,
+    env: dict[str, str],
+    images: Mapping[Path, Path],
+    extra: list[str],
+    tell: Callable[[str], None],
+) -> Result:
     try:
         installed = ensure(kernel)
     except InfrastructureError as error:
@@ -82,7 +92,8 @@ def _run(kernel: Kernel, marked: str, env: dict[str, str], extra: list[str], tel
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernel", "-m", marked, "--color=no"),
         *("--durations=10", f"--junitxml={share}/junit.xml", *extra),
     ]
-    ended = vm.run(Machine(installed, idle_s=IDLE_S, total_s=TOTAL_S), command, share, env=env, tell=tell)
+    machine = Machine(installed, idle_s=IDLE_S, total_s=TOTAL_S)
+    ended = vm.run(machine, command, share, env=env, images=images, tell=tell)
     detail = f"{ended.detail}, after {ended.seconds:.0f} s"
     return Result(kernel.series, installed.release, ended.outcome, detail)
 
@@ -104,6 +115,14 @@ def compile_tests() -> None:
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
 
 
+def images_of_python() -> dict[Path, Path]:
+    """Make images of all that Python imports in a guest: directory → image."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    stdlib, bcc = Path(sysconfig.get_path("stdlib")), Path("/usr/lib/python3")
+    directories = [Path(sys.prefix), ROOT / "src", ROOT / "tests", stdlib, bcc]
+    return {each: vm.image(each, IMAGES / f"{number}.ext4") for number, each in enumerate(directories)}
+
+
 def main() -> int:
     """Run as the docstring of the module says."""
     listed = {kernel.series: kernel for kernel in load() if not kernel.is_host}
@@ -121,8 +140,9 @@ def main() -> int:
         for part, series in enumerate(listed)
     }
     compile_tests()
+    images = images_of_python()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return max(pool.map(lambda kernel: run(kernel, marked, parts[kernel.series], extra).status, chosen))
+        return max(pool.map(lambda kernel: run(kernel, marked, parts[kernel.series], images, extra).status, chosen))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ def test_segmented_packets_count_each_segment(
     ):
         attachment.replace(Mode.ALLOWLIST, allow=[to] if arrived else [])
         sock.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, size)
-        with attachment.counts(reason, segments, headers + segments * size):
+        whole = not needs.is_before("UDP segments that a veth takes whole")  # else the workload's kernel cuts it first
+        with attachment.counts(reason, segments, (headers if whole else headers * segments) + segments * size):
             sock.sendto(tag.payload.ljust(segments * size, b"."), (to, 9))
         assert topology.meter().arrived(tag) == arrived
 

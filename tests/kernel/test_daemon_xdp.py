@@ -27,6 +27,8 @@ POLICY: dict[str, Any] = {
     }
 }
 
+pytestmark = pytest.mark.dealt
+
 
 @pytest.fixture
 def topology(fresh: Fresh) -> Topology:

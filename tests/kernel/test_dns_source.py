@@ -27,6 +27,8 @@ POLICY = {"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow":
 RECORDS = ["www.example.test. 300 IN A 203.0.113.80"]
 PORT = 5555
 
+pytestmark = pytest.mark.dealt
+
 
 def _secret_query(tag: Tag) -> bytes:
     """Build a query whose name carries the tag's bytes: what is echoed carries them too."""

@@ -66,6 +66,7 @@ def test_a_dropped_packet_is_counted_as_not_arrived(topology: Topology, workload
     assert topology.arrived(workload, packets.UDP4, ANY4) == 3
 
 
+@pytest.mark.userspace
 def test_a_broken_path_is_an_error_of_its_own(fresh: Fresh) -> None:
     left, right = NetNs("left"), NetNs("right")
     with closing(left), closing(right):

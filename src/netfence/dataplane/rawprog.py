@@ -95,7 +95,8 @@ def load_raw(
     try:
         return attempt(log)
     except OSError as error:
-        lines = [line for line in log.value.decode("ascii", "replace").splitlines() if not line.startswith("processed")]
+        said = log.value.decode("ascii", "replace").split("\n\n")[0]  # from Linux 7.x on, an explanation follows
+        lines = [line for line in said.splitlines() if not line.startswith("processed")]
         if lines:
             raise OSError(error.errno, f"{error.strerror} ({lines[-1].strip()})") from None
         raise

@@ -150,7 +150,8 @@ class Attachment:
         seen = {key: count for key, (count, _) in found.items()}
         assert seen == ({name: packets} if packets else {}), f"moved: {found}"
         if octets is not None and packets:
-            assert found[name][1] == octets, f"bytes of {name}"
+            counted = found[name][1]
+            assert counted == octets, f"bytes of {name}: {counted}, not {octets}"
 
     def detach(self) -> None:
         """Take the fence off; idempotent."""

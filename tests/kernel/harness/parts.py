@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-MANY_CASES = 8
+MANY_CASES = 4
 
 
 def parted(items: list[pytest.Item], part: int, parts: int) -> tuple[list[pytest.Item], list[pytest.Item]]:
@@ -14,12 +14,16 @@ def parted(items: list[pytest.Item], part: int, parts: int) -> tuple[list[pytest
 
     A test with many cases is shared out between the parts by the sum of its parameters' positions: each part has every
     value of every parameter, of two parameters' pairs its share, and all parts together have all cases. A test with few
-    cases is in every part.
+    cases is in every part; but tests marked `dealt`, which take long, are shared out one by one in each file.
     """
     cases: dict[str, list[pytest.Item]] = {}
+    dealt: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if item.get_closest_marker("dealt"):
+            dealt.setdefault(item.nodeid.partition("::")[0], []).append(item)
+            continue
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept: set[pytest.Item] = set()
+    kept = {item for of_one_file in dealt.values() for item in of_one_file[part::parts]}
     for of_one_test in cases.values():
         known: dict[str, list[Any]] = {}
         for item in of_one_test:

@@ -160,6 +160,7 @@ class Topology:
         netns.ip(f"addr add {address4}/26 dev eth0", f"addr add {address6}/64 dev eth0", "link set eth0 up",
                  f"route add default via {BRIDGE4}", f"-6 route add default via {BRIDGE6}")  # fmt: skip
         _static_neighbours(netns, "eth0", self.host.mac(BRIDGE_IF), BRIDGE4, BRIDGE6)
+        _static_neighbours(self.host, BRIDGE_IF, netns.mac("eth0"), address4, address6)
         sink_mac = _mac(self.internet, SINK_IF)
         return self._add(
             Workload(host_if, address4, address6, self._sender(netns, "eth0"), sink_mac, netns=netns, bridged=True)

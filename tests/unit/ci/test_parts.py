@@ -36,6 +36,13 @@ def test_many(hook, case): ...
 def test_few(how): ...
 
 def test_one(): ...
+
+@pytest.mark.dealt
+@pytest.mark.parametrize("how", [1, 2])
+def test_dealt(how): ...
+
+@pytest.mark.dealt
+def test_dealt_too(): ...
 """,
 }
 
@@ -54,9 +61,11 @@ def test_each_case_is_in_one_part_and_each_part_has_its_share_of_everything(tmp_
     parts = [collected(tmp_path, part) for part in range(4)]
     few = {"test_few[one]", "test_few[two]", "test_one"}
     many = {f"test_many[{hook}-{case}]" for hook, case in product(HOOKS, CASES)}
+    dealt = {"test_dealt[1]", "test_dealt[2]", "test_dealt_too"}
     assert Counter(name for part in parts for name in part) == Counter(
-        {**dict.fromkeys(few, 4), **dict.fromkeys(many, 1)}
+        {**dict.fromkeys(few, 4), **dict.fromkeys(many | dealt, 1)}
     )
+    assert [sum(name in dealt for name in part) for part in parts] == [1, 1, 1, 0]
     for part in parts:
         by_hook = Counter(name.partition("[")[2].partition("-")[0] for name in part if name.startswith("test_many"))
         assert by_hook == dict.fromkeys(HOOKS, 5)

@@ -27,6 +27,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(vm_tests, "JUNIT", tmp_path / "junit")
     monkeypatch.setattr(vm_tests, "SHARES", tmp_path / "vm")
     monkeypatch.setattr(vm_tests, "compile_tests", lambda: None)
+    monkeypatch.setattr(vm_tests, "images_of_python", dict)
     monkeypatch.setattr(sys, "argv", ["vm_tests.py", "6.1"])
     return tmp_path / "junit"
 
