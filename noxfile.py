@@ -20,7 +20,7 @@ from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "unit", "kernel", "perf_smoke", "demo"]
+nox.options.sessions = ["lint", "types", "unit", "kernel", "vms", "matrix", "perf_smoke", "demo"]
 
 ROOT = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent

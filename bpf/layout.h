@@ -57,6 +57,7 @@ struct config {
     __u32 flags;
     __u32 pad;
     struct address own[NF_OWN_ADDRESSES];
+    __u8 attachment[40]; /* its id, text; what a daemon without its state knows it by */
 };
 
 struct rule_key4 {

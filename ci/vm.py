@@ -35,6 +35,7 @@ from kernellist import load
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+NEW_ROOT = ROOT / "ci" / "guest_root.sh"
 POLL_S = 0.2
 KVM_BOOT_S = 30.0
 """Ten times what a guest takes to come up where KVM works; where it does not, it often hangs without a word."""
@@ -179,6 +180,7 @@ def _boot(machine: Machine, share: Path, *, kvm: bool) -> list[str]:
         *(() if kvm else ("--disable-kvm",)),
         *("--cpus", str(machine.cpus), "--memory", machine.memory, f"--rwdir={share}", "--cwd", str(ROOT)),
         *("--append", "panic_on_oops=1", "--append", "panic=-1"),  # an oops ends the guest at once
+        *("--append", "rcupdate.rcu_expedited=1"),  # from 6.x on, taking anything down waits for RCU for tens of ms
         *("--exec", f"sh {shlex.quote(str(share / 'run.sh'))}"),
     ]
 
@@ -189,11 +191,7 @@ def _script(command: Sequence[str], share: Path, env: Mapping[str, str], images:
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f'cd {shlex.quote(str(ROOT))} && : > "$SHARE/up"',
         "mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf",
-        *(["modprobe -a loop ext4"] if images else []),
-        *(  # where that fails the guest reads the directory itself, and is slow
-            f"mount -o loop,ro,noatime {shlex.quote(str(made))} {shlex.quote(str(directory))}"
-            for directory, made in images.items()
-        ),
+        *(_from_images(images) if images else []),
         f"cd {shlex.quote(str(ROOT))}",  # once more: the directory may be another by now
         "modprobe tun",  # /dev/net/tun: where udev runs it is there, virtme-ng's own init makes none
         f'{shlex.join(command)} > "$SHARE/output" 2>&1 < /dev/null',
@@ -201,6 +199,20 @@ def _script(command: Sequence[str], share: Path, env: Mapping[str, str], images:
         "sync",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _from_images(images: Mapping[Path, Path]) -> list[str]:
+    """Put the images in the places of their directories; where that fails the guest reads those, and is slow."""
+    root = shlex.quote(str(ROOT))
+    return [
+        "modprobe -a loop ext4",
+        f"mount --rbind {root} {root}",  # a mount point is not looked up again over 9p
+        *(
+            f"mount -o loop,ro,noatime {shlex.quote(str(made))} {shlex.quote(str(directory))}"
+            for directory, made in images.items()
+        ),
+        f"sh {shlex.quote(str(NEW_ROOT))}",
+    ]
 
 
 def _follow(guest: subprocess.Popen[bytes], machine: Machine, share: Path, tell: Callable[[str], None]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from vm import ROOT, Machine, Outcome
 JUNIT = ROOT / "build" / "junit"
 SHARES = ROOT / "build" / "vm"
 IMAGES = ROOT / "build" / "images"
+SYSTEM = ("usr/lib/python3", "usr/lib64", "usr/bin", "usr/sbin", "etc")
 AT_ONCE = 2
 IDLE_S = 900.0  # one emulated test may take long without a word
 TOTAL_S = 3 * 3600.0
@@ -58,14 +60,14 @@ class Result:
         return {str(Outcome.PASSED): 0, str(Outcome.FAILED): 1}.get(self.outcome, EXIT_STATUS)
 
 
-def run(kernel: Kernel, marked: str, env: dict[str, str], images: Mapping[Path, Path], extra: list[str]) -> Result:
+def run(kernel: Kernel, tests: list[str], env: dict[str, str], images: Mapping[Path, Path]) -> Result:
     """Run the tests on one kernel and leave what the matrix reads."""
     JUNIT.mkdir(parents=True, exist_ok=True)
     told, junit = JUNIT / f"{kernel.series}.json", JUNIT / f"{kernel.series}.xml"
     for old in (told, junit):
         old.unlink(missing_ok=True)
     tell = teller(kernel.series)
-    result = _run(kernel, marked, env, images, extra, tell)
+    result = _run(kernel, tests, env, images, tell)
     made = SHARES / kernel.series / "junit.xml"
     if made.exists():
         shutil.copy(made, junit)
@@ -76,10 +78,9 @@ def run(kernel: Kernel, marked: str, env: dict[str, str], images: Mapping[Path, 
 
 def _run(
     kernel: Kernel,
-    marked: str,
+    tests: list[str],
     env: dict[str, str],
     images: Mapping[Path, Path],
-    extra: list[str],
     tell: Callable[[str], None],
 ) -> Result:
     try:
@@ -89,11 +90,13 @@ def _run(
     share = SHARES / kernel.series
     shutil.rmtree(share, ignore_errors=True)
     command = [
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernel", "-m", marked, "--color=no"),
-        *("--durations=10", f"--junitxml={share}/junit.xml", *extra),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--durations=10"),
+        *(f"--junitxml={share}/junit.xml", *tests),
     ]
     machine = Machine(installed, idle_s=IDLE_S, total_s=TOTAL_S)
-    ended = vm.run(machine, command, share, env=env, images=images, tell=tell)
+    # Hypothesis keeps what failed there, and warns (an error here) where it can write nowhere.
+    writable = {"HYPOTHESIS_STORAGE_DIRECTORY": str(share / "hypothesis")}
+    ended = vm.run(machine, command, share, env={**writable, **env}, images=images, tell=tell)
     detail = f"{ended.detail}, after {ended.seconds:.0f} s"
     return Result(kernel.series, installed.release, ended.outcome, detail)
 
@@ -109,17 +112,25 @@ def teller(series: str) -> Callable[[str], None]:
     return tell
 
 
-def compile_tests() -> None:
-    """Have Python and pytest leave their modules compiled: guests see this tree read-only, and would do it slowly."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernel", "--collect-only", "-q"]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+def compiled_tests(marked: str) -> list[str]:
+    """Have Python and pytest leave their modules compiled; return the files that have tests to run.
+
+    Guests see this tree read-only: what they would compile anew, they compile in each process that they start.
+    """
+    compiling = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "compileall", "-q", "src", "tests/kernel"], cwd=ROOT, env=compiling, check=True)
+    listing = [*python, "pytest", "-p", "no:cacheprovider", "tests/kernel", "-m", marked, "--collect-only", "-q"]
+    told = subprocess.run(listing, cwd=ROOT, env=compiling, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return sorted({line.partition("::")[0] for line in told.splitlines() if "::" in line})
 
 
-def images_of_python() -> dict[Path, Path]:
-    """Make images of all that Python imports in a guest: directory → image."""
+def images_of_programs() -> dict[Path, Path]:
+    """Make images of all that guests start programs from, and of what Python imports: directory → image."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    stdlib, bcc = Path(sysconfig.get_path("stdlib")), Path("/usr/lib/python3")
-    directories = [Path(sys.prefix), ROOT / "src", ROOT / "tests", stdlib, bcc]
+    python = [Path(sys.prefix), ROOT / "src", ROOT / "tests", Path(sysconfig.get_path("stdlib"))]
+    libraries = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH"))
+    directories = [*python, libraries, *(Path("/", each) for each in SYSTEM)]
     return {each: vm.image(each, IMAGES / f"{number}.ext4") for number, each in enumerate(directories)}
 
 
@@ -139,10 +150,10 @@ def main() -> int:
         series: {"NETFENCE_PART": f"{part}/{len(listed)}"} if arguments.quick else {}
         for part, series in enumerate(listed)
     }
-    compile_tests()
-    images = images_of_python()
+    tests = [*compiled_tests(marked), "-m", marked, *extra]
+    images = images_of_programs()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return max(pool.map(lambda kernel: run(kernel, marked, parts[kernel.series], images, extra).status, chosen))
+        return max(pool.map(lambda kernel: run(kernel, tests, parts[kernel.series], images).status, chosen))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import structlog
 from netfence import policy_codec
 from netfence.control.port import AttachmentView, ControlPort, FirstPolicy
 from netfence.dns.gate import ProxyAnswer
-from netfence.errors import NetfenceError, NotFoundError, PreconditionError
+from netfence.errors import ExhaustedError, NetfenceError, NotFoundError, PreconditionError
 from netfence.judging import Given, Refusals, Versioned, blocked, given, is_large, judge, raise_first, told_apart
 from netfence.leasing import PROXY, LeaseKernel, LeaseLimits, Leases, LeaseTable, keeps
 from netfence.policy.commands import BulkUpdate, Command
@@ -367,7 +367,12 @@ class Attachment:
             self.log.exception("leases_not_rolled_back", error=str(error), effect="closing them is tried again")
 
     async def _save(self, policy: Policy, version: str, *, acked: bool) -> None:
-        encode = functools.partial(policy_codec.encode, policy, policy_codec.Clock.now())
+        try:
+            now = policy_codec.Clock.now()
+        except OSError as error:  # it reads a file
+            tried = f"store the policy of {self.row.id}: read the clock: {error.strerror}"
+            raise ExhaustedError(f"{tried}; raise the limit of open files (LimitNOFILE)") from error
+        encode = functools.partial(policy_codec.encode, policy, now)
         row = replace(
             self.row,
             policy_version=version,

@@ -8,6 +8,7 @@ decides only about a clean stop).
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import resource
 import signal
@@ -16,12 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import structlog
 import uvloop
 
-from netfence import __version__, endpoints, log
+from netfence import __version__, endpoints, log, privileges, watchdog
 from netfence.api.service import serve
 from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
 from netfence.config import Config, Loaded, system_upstreams
@@ -29,7 +31,6 @@ from netfence.control.credentials import load as load_secrets
 from netfence.control.local import LocalControl, NoControl, load_policy_file
 from netfence.control.port import ControlPort, UnsubscribeReason
 from netfence.control.remote import RemoteControl
-from netfence.dataplane import probe
 from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
@@ -37,7 +38,7 @@ from netfence.errors import NetfenceError
 from netfence.hosting import Host
 from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
-from netfence.notify import notify
+from netfence.notify import notify, watchdog_s
 from netfence.policy.modes import Mode
 from netfence.policy_codec import Clock, seconds_since
 from netfence.restore import restore
@@ -57,6 +58,7 @@ events = structlog.get_logger(__name__)
 def run(loaded: Loaded) -> int:
     """Run the daemon until SIGTERM or SIGINT; return the exit status. Raises NetfenceError when it cannot start."""
     log.set_up(loaded.config.log_level, loaded.config.log_format)
+    faulthandler.enable(2)  # the service manager's watchdog ends a daemon that hangs by SIGABRT: tell where it hangs
     _raise_open_files()
     gc.set_threshold(*GC_THRESHOLD)
     sys.setswitchinterval(SWITCH_S)
@@ -99,7 +101,7 @@ class _Process:
     async def _start_and_run(self) -> None:
         config = self._config
         control = await make_control(config)
-        probe.require_capabilities("start netfenced")
+        privileges.require(config)
         detach = config.enforcement.on_shutdown == "detach"
         async with AsyncExitStack() as stack:
             store = await asyncio.to_thread(Store.open, config.data_dir)
@@ -144,6 +146,7 @@ class _Process:
             outcomes = await restore(lifecycle, background.start)
             daemon = Daemon(lifecycle, background, self._daemon_id(parts.store))
             background.keep(keeper.run, "targets")
+            background.keep(keeper.look_round, "hooks")
             background.keep(lambda: parts.control.run(host), "control")
             background.keep(lambda: _maintain(lifecycle), "maintenance")
             api = await serve(daemon, config.socket, config.socket_group)
@@ -154,7 +157,9 @@ class _Process:
                 self._ready = True
                 restored = {outcome.value.replace(" ", "_"): count for outcome, count in outcomes.items()}
                 events.info("ready", version=__version__, socket=str(config.socket), **restored)
-                notify("READY=1", f"STATUS={len(lifecycle)} attachments")
+                notify("READY=1", f"STATUS={_summary(lifecycle)}")
+                if (limit_s := watchdog_s()) is not None:
+                    background.keep(partial(_feed_watchdog, lifecycle, limit_s), "watchdog")
                 await self._stop.wait()
                 notify("STOPPING=1")
                 kept = "removed" if config.enforcement.on_shutdown == "detach" else "kept"
@@ -250,6 +255,20 @@ class Daemon:
     def reload(self) -> None:
         """Read the files again that decide policies (SIGHUP)."""
         self._background.start(self._lifecycle.parts.control.reload(), "reload")
+
+
+async def _feed_watchdog(lifecycle: Lifecycle, limit_s: float) -> None:
+    """Ping while the store's thread and the data plane's workers answer; the questions change nothing."""
+    parts = lifecycle.parts
+    questions: dict[str, watchdog.Question] = {
+        "store": lambda: parts.store.save_counters({}),
+        "data plane": lambda: parts.plane._run(int),  # noqa: SLF001 - whether it takes work, whatever the work is
+    }
+    await watchdog.feed(questions, limit_s, lambda: _summary(lifecycle))
+
+
+def _summary(lifecycle: Lifecycle) -> str:
+    return f"{len(lifecycle)} attachments"
 
 
 async def _maintain(lifecycle: Lifecycle) -> None:

@@ -5,9 +5,33 @@ Owns nothing of its own; it looks at what the kernel and `bpffs_dir` hold for al
 
 from __future__ import annotations
 
+import socket
+from dataclasses import dataclass
+
+from netfence.dataplane import links
+from netfence.dataplane.config import Fixed
 from netfence.dataplane.plane import DataPlane
+from netfence.dataplane.slotword import SlotWord
+from netfence.policy.modes import DnsMode
+from netfence.policy.policy import DnsPolicy, Policy
 
 _ALL = (-1, -1, (1 << 64) - 1)  # idle, longest, now: at the end of time every lease is over
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the kernel knows of an attachment that nobody else knows: all but its metadata and its names.
+
+    `identity`: index of the interface or id of the cgroup, 0 if it is gone; `since`: seconds since the epoch. Of names
+    the policy allows none.
+    """
+
+    slot: int
+    fixed: Fixed
+    identity: int
+    xdp: bool
+    since: float
+    policy: Policy
 
 
 class Kernel(DataPlane):
@@ -26,3 +50,33 @@ class Kernel(DataPlane):
             return {slot: {one: expiry(slot, one) or 0.0 for one in addresses} for slot, addresses in found.items()}
 
         return await self._run(work)
+
+    async def remembered(self) -> dict[str, Remembered]:
+        """Return what the kernel knows of each pinned attachment, by name."""
+
+        def work() -> dict[str, Remembered]:
+            pinned, found = self.pinned(), {}
+            for slot in range(1, self._loaded.layout.constants["SLOTS"]):
+                fixed = self.config.read(slot)
+                if fixed is not None and fixed.attachment in pinned:
+                    found[fixed.attachment] = self._remember(slot, fixed)
+            return found
+
+        return await self._run(work)
+
+    def _remember(self, slot: int, fixed: Fixed) -> Remembered:
+        word = SlotWord.decode(self.config.word(slot), self._loaded.layout)
+        names = DnsPolicy(mode=DnsMode.ALLOWLIST)
+        policy = Policy(mode=word.mode, audit=word.audit, cidrs=self._rules.read(word.index), dns=names)
+        directory = self._bpffs_dir / "links"
+        since = min(pin.stat().st_mtime for pin in directory.glob(f"{fixed.attachment}-*"))
+        xdp = (directory / f"{fixed.attachment}-xdp").exists()
+        return Remembered(slot, fixed, self._identity(slot, fixed), xdp, since, policy)
+
+    def _identity(self, slot: int, fixed: Fixed) -> int:
+        if fixed.cgroup or self.tc_mechanism == "tcx":
+            hook = "egress" if fixed.cgroup else "main"
+            info = links.pinned_link_info(self._bpffs_dir / "links" / f"{fixed.attachment}-{hook}")
+            return info.target if info is not None else 0
+        there = (index for index, _ in socket.if_nameindex())
+        return next((index for index in there if self._interface_slot(index) == slot), 0)

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import structlog
@@ -35,7 +35,7 @@ from netfence.dataplane.target import (
     resolve_interface,
 )
 from netfence.dns.cache import SharedCache
-from netfence.dns.server import DnsServer
+from netfence.dns.server import DnsServer, Turns
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
@@ -75,6 +75,7 @@ class Live:
     gone: bool = False
     hooked: bool = False
     hook_lost: bool = False
+    in_front: list[str] = field(default_factory=list)  # foreign programs before ours, as last seen
 
     @property
     def row(self) -> Row:
@@ -126,6 +127,7 @@ class Lifecycle:
             search_suffixes(config.dns.search_domains),
         )
         self._table = LeaseTable(config.dns.max_leases_total)
+        self._turns = Turns()
 
     def __len__(self) -> int:
         return sum(live.attached for live in self._live.values())
@@ -268,7 +270,8 @@ class Lifecycle:
             limits=self._limits,
             table=self._table,
         )
-        server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver, device=_dns_device(target, direction))
+        device = _dns_device(target, direction)
+        server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver, device=device, turns=self._turns)
         return Live(attachment, target, direction, server, Endpoint(row.dns_host, row.dns_port))
 
     def register(self, live: Live) -> None:
@@ -314,14 +317,14 @@ class Lifecycle:
         live = self._live.get(attachment_id)
         if live is None or not live.attached:
             raise NotFoundError(f"detach: no attachment {attachment_id}; see `netfenced list`")
-        await finish(self.end(live, UnsubscribeReason.DETACHED), f"detach {live.row.name}")
+        await finish(self.end(live, UnsubscribeReason.DETACHED, whole=True), f"detach {live.row.name}")
 
-    async def end(self, live: Live, reason: UnsubscribeReason) -> None:
-        """Take everything of an attachment away.
+    async def end(self, live: Live, reason: UnsubscribeReason, *, whole: bool = False) -> None:
+        """Take everything of an attachment away, or, `whole`, leave everything in force.
 
         When the kernel refuses, the attachment stays in force, its hooks are put back; when the store does, it stays
-        listed, without a fence, until a second detach removes the row. Nothing to do for one that is not attached (its
-        roll-back ends it) or is being ended.
+        listed: in force too if `whole`, else without a fence, until it is ended again. Nothing to do for one that is
+        not attached (its roll-back ends it) or is being ended.
         """
         row, parts = live.row, self.parts
         if not live.attached or self._live.get(row.id) is not live:
@@ -330,10 +333,14 @@ class Lifecycle:
         parts.watch.unwatch(live.target)
         try:
             await live.attachment.close()
+            if whole:
+                # A store that takes nothing is heard of here, while the leases are still in the kernel.
+                counts = (live.attachment.queries_allowed, live.attachment.queries_blocked)
+                await parts.store.save_counters({row.id: counts})
             await self._unhook(live)
             await parts.store.remove(row.id)
         except BaseException:
-            await self._keep(live, reason)
+            await self._keep(live, reason, whole=whole)
             raise
         await _undo(live.server.close, "close the DNS server")
         await _undo(lambda: parts.endpoints.release(live.endpoint), "release the DNS endpoint")
@@ -346,7 +353,7 @@ class Lifecycle:
         await self._unsubscribe(live, reason, "")
         live.attachment.log.info("detached", reason=reason.name.lower())
 
-    async def _keep(self, live: Live, reason: UnsubscribeReason) -> None:
+    async def _keep(self, live: Live, reason: UnsubscribeReason, *, whole: bool) -> None:
         """Go on with an attachment whose end failed; one whose target is gone has nothing to watch and to hook."""
         live.attachment.reopen()
         self._live[live.row.id] = live
@@ -357,7 +364,7 @@ class Lifecycle:
             self.parts.watch.watch(live.target)
 
         await _undo(watch, "watch the target again")
-        if live.hooked:  # some of its hooks may be off, and its policy may be out of force
+        if live.hooked or whole:  # some of its hooks or all may be off, and its policy may be out of force
             await _undo(lambda: live.attachment.take_over(lambda: self.hook_again(live)), "put the hooks back")
 
     async def hook_again(self, live: Live) -> None:
@@ -404,6 +411,17 @@ class Lifecycle:
             policy_hash=attachment.policy_hash,
         )
 
+    async def look_in_front(self, live: Live) -> None:
+        """Tell of foreign programs that came in front of ours; where that can be undone, whoever put them there can."""
+        try:
+            front = await asyncio.to_thread(self.parts.plane.front, live.target, live.direction, live.row.id)
+        except NotFoundError:  # the target is gone
+            front = []
+        if set(front) - set(live.in_front):
+            effect = "they see packets first and could pass them around us"
+            live.attachment.log.error("programs_in_front", programs=front, effect=effect)
+        live.in_front = front
+
     async def warn(self, live: Live) -> None:
         """Say at attach what the fence cannot do for this target (semantics.md 8, loopback DNS, programs in front)."""
         target, say = live.target, live.attachment.log.warning
@@ -415,9 +433,7 @@ class Lifecycle:
         elif live.endpoint.loopback:
             remedy = "set dns.listen_addr to an address of this host that the workload reaches"
             say("dns_on_loopback", dns=str(live.endpoint), effect="the workload cannot resolve names", remedy=remedy)
-        front = await asyncio.to_thread(self.parts.plane.front, target, live.direction, live.row.id)
-        if front:
-            say("programs_in_front", programs=front, effect="they see packets first and could pass them around us")
+        await self.look_in_front(live)
 
 
 def _dns_device(target: Target, direction: Direction | None) -> int:

@@ -15,3 +15,14 @@ def notify(*lines: str) -> None:
     address = "\0" + path[1:] if path.startswith("@") else path
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.sendto("\n".join(lines).encode(), address)
+
+
+def watchdog_s() -> float | None:
+    """Return how long the service manager waits for a ping before it ends us; None where it does not, or means another.
+
+    As sd_watchdog_enabled(3) reads $WATCHDOG_USEC and $WATCHDOG_PID.
+    """
+    told, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not (told.isascii() and told.isdecimal()) or pid not in ("", str(os.getpid())):
+        return None
+    return int(told) / 1e6 or None

@@ -26,6 +26,7 @@ from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer, res
 from netfence.endpoints import Endpoint
 from netfence.errors import InvalidError, NetfenceError, NotFoundError, PreconditionError
 from netfence.lifecycle import Lifecycle, Live, Target, key_of
+from netfence.recover import recover
 from netfence.store import Row
 
 AGAIN_S = 1.0  # how often hooks that could not be put in place, and lost DNS ports, are tried again
@@ -56,12 +57,10 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
     parts = lifecycle.parts
     rows = await parts.store.load()
     pinned = parts.plane.pinned()
-    if strangers := pinned - {row.id for row in rows}:
-        pins, state = parts.config.bpffs_dir, parts.config.data_dir
-        raise PreconditionError(
-            f"take over {pins}: it holds {len(strangers)} fences that data_dir {state} does not know ({min(strangers)}"
-            f" is one), and they stay in force; bring the state back, or remove {pins} to take them off"
-        )
+    if strangers := sorted(pinned - {row.id for row in rows}):
+        for row in await recover(parts.plane, strangers, parts.store.saved, parts.boot_id):
+            await parts.store.reserve(row)
+            rows.append(row)
     leases = await parts.plane.leases()
     outcomes: Counter[Outcome] = Counter()
     for row in rows:
@@ -74,6 +73,8 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
         else:
             say.info(outcome.value.replace(" ", "_"))
         outcomes[outcome] += 1
+    if behind := await parts.plane.finish_upgrade():
+        log.error("upgrade_not_finished", attachments=sorted(behind), effect="another build's programs judge these")
     return outcomes
 
 

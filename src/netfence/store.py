@@ -13,17 +13,21 @@ acknowledged.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
 import sqlite3
 import stat
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import structlog
 
 from netfence.errors import NetfenceError, PreconditionError
 
@@ -78,7 +82,12 @@ _SAVE = (
 )
 _SELECT = f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id"  # noqa: S608 - constants
 
+DISK = "free disk space, or check the disk"
+_OF_THE_DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,7 @@ class Store:
         self._pool = pool
         self.daemon_id = ""
         self.contact: str | None = None
+        self.saved: dict[str, Row] = {}  # what could be read of a damaged database, by id
 
     @classmethod
     def open(cls, data_dir: Path) -> Store:
@@ -128,14 +138,24 @@ class Store:
         lock_fd = _lock(data_dir)
         path = data_dir / DATABASE
         pool = ThreadPoolExecutor(1, thread_name_prefix="netfence-store")
+        saved: list[Row] = []
         try:
-            connection, daemon_id, contact = pool.submit(_connect, path).result()
+            try:
+                connection, daemon_id, contact = pool.submit(_connect, path).result()
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                saved, known = _set_aside(path, error)
+                connection, daemon_id, contact = pool.submit(_connect, path, known).result()
             self = cls(path, connection, lock_fd, pool)
-            self.daemon_id, self.contact = daemon_id, contact
+            self.daemon_id, self.contact, self.saved = daemon_id, contact, {row.id: row for row in saved}
         except sqlite3.Error as error:
             pool.shutdown()
             os.close(lock_fd)
-            raise PreconditionError(f"open state {path}: {error}; move the file away to start without state") from error
+            remedy = (
+                DISK if error.sqlite_errorcode & 0xFF in _OF_THE_DISK else "move the file away to start without state"
+            )
+            raise PreconditionError(f"open state {path}: {error}; {remedy}") from error
         except BaseException:
             pool.shutdown()
             os.close(lock_fd)
@@ -143,8 +163,24 @@ class Store:
         return self
 
     async def load(self) -> list[Row]:
-        """Return every stored attachment, oldest first."""
-        return await self._run("load", _load)
+        """Return every stored attachment, oldest first; none if the database is damaged, which is set aside then."""
+        try:
+            return await self._run("load", _load)
+        except (NetfenceError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, NetfenceError) else error
+            if cause is None or not _is_damage(cause):
+                raise
+            damage = cause
+
+        def replace_it() -> list[Row]:
+            self._connection.close()
+            saved, _ = _set_aside(self._path, damage)
+            self._connection, _, _ = _connect(self._path, (self.daemon_id, self.contact))
+            return saved
+
+        saved = await asyncio.get_running_loop().run_in_executor(self._pool, replace_it)
+        self.saved = {row.id: row for row in saved}
+        return []
 
     async def reserve(self, row: Row) -> None:
         """Insert an attachment that is about to be hooked; survives our death, not a power cut (see the module)."""
@@ -225,8 +261,7 @@ class Store:
                         self._connection.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                remedy = "free disk space, or check the disk"
-                raise NetfenceError(f"{what} state in {self._path}: {error}; {remedy}") from error
+                raise NetfenceError(f"{what} state in {self._path}: {error}; {DISK}") from error
             return result
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, transaction)
@@ -265,8 +300,36 @@ def _lock(data_dir: Path) -> int:
     return fd
 
 
-def _connect(path: Path) -> tuple[sqlite3.Connection, str, str | None]:
-    """Open the database in this thread; return it, the daemon id and when the control plane was last there."""
+def _is_damage(error: BaseException) -> bool:
+    """Tell whether the file itself is broken, not the disk, its rights or another's lock."""
+    return isinstance(error, ValueError) or (
+        isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    )
+
+
+def _set_aside(path: Path, damage: BaseException) -> tuple[list[Row], tuple[str, str | None] | None]:
+    """Rename a damaged database; return what can be read of it: rows, and the daemon's id and last contact."""
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    for suffix in ("-shm", "-wal", ""):  # the log first: a new database must not find it
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    rows: list[Row] = []
+    known = None
+    connection = sqlite3.connect(f"file:{aside}?mode=ro", uri=True)
+    with contextlib.closing(connection), contextlib.suppress(sqlite3.Error, ValueError, TypeError):
+        known = connection.execute("SELECT id, contact FROM daemon").fetchone()
+        for values in connection.execute(_SELECT.partition(" ORDER")[0]):
+            rows.append(_row(values))  # noqa: PERF401 - those before the damage count
+    effect = "fences stay in force and are recovered from the kernel; metadata and names may be lost"
+    log.critical("state_damaged", file=str(path), error=str(damage), moved_to=str(aside), read=len(rows), effect=effect)
+    return rows, known
+
+
+def _connect(path: Path, known: tuple[str, str | None] | None = None) -> tuple[sqlite3.Connection, str, str | None]:
+    """Open the database in this thread; return it, the daemon id and when the control plane was last there.
+
+    `known`: those two, for a new database.
+    """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
@@ -283,7 +346,7 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, str, str | None]:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         if (row := connection.execute("SELECT id, contact FROM daemon").fetchone()) is None:
-            row = (str(uuid.uuid4()), None)
+            row = known or (str(uuid.uuid4()), None)
             connection.execute("INSERT INTO daemon VALUES (?, ?)", row)
         connection.execute("COMMIT")
     except BaseException:
@@ -301,14 +364,13 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def _load(connection: sqlite3.Connection) -> list[Row]:
-    names = [name.strip() for name in COLUMNS.split(",")]
-    rows = connection.execute(_SELECT).fetchall()
-    found = []
-    for values in rows:
-        data = dict(zip(names, values, strict=True))
-        metadata, acked = json.loads(data.pop("metadata")), bool(data.pop("acked"))
-        found.append(replace(Row(**data), metadata=metadata, acked=acked))
-    return found
+    return [_row(values) for values in connection.execute(_SELECT).fetchall()]
+
+
+def _row(values: Sequence[Any]) -> Row:
+    data = dict(zip([name.strip() for name in COLUMNS.split(",")], values, strict=True))
+    metadata, acked = json.loads(data.pop("metadata")), bool(data.pop("acked"))
+    return replace(Row(**data), metadata=metadata, acked=acked)
 
 
 def _values(row: Row) -> tuple[object, ...]:

@@ -209,7 +209,7 @@ def _entries(daemon: Netfenced, ifindex: int) -> Sequence[str]:
     }
     found = []
     for name in ("if_slot", "if_slot_far", "leases", "dns_endpoints"):
-        with closing(Map(obj_get(daemon.pins / "maps" / name), specs[name])) as pinned:
+        with closing(Map(obj_get(next(daemon.pins.glob("maps-*")) / name), specs[name])) as pinned:
             if name == "if_slot":
                 slot = pinned.lookup(ifindex.to_bytes(4, sys.byteorder))
                 known = slot is not None and any(slot)

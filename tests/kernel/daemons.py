@@ -58,10 +58,6 @@ class Fenced(Netfenced):
         interfaces = [name for name in left.pop("interfaces", []) if name == "netfence0"]
         return left | ({"interfaces": interfaces} if interfaces else {})
 
-    def descriptors(self) -> int:
-        """Count the daemon's open files."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - descriptors, not files
-
     def own_events(self, name: str, attachment_id: str) -> list[dict[str, Any]]:
         """Give the events of that name about one attachment."""
         return [entry for entry in self.events(name) if entry.get("attachment") == attachment_id]

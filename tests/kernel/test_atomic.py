@@ -22,6 +22,8 @@ from netfence.policy.commands import BulkUpdate, apply
 from netfence.policy.modes import Mode, Reason
 from netfence.policy.policy import EMPTY, Policy
 
+pytestmark = pytest.mark.dealt
+
 ALLOWED = {"ipv4": "203.0.113.80", "ipv6": "2001:db8:b::80"}
 DENIED = {"ipv4": "203.0.113.81", "ipv6": "2001:db8:b::81"}
 SWITCHES, FEWER_SWITCHES, RULES = (200, 40, 3000) if SLOWNESS == 1 else (20, 10, 300)

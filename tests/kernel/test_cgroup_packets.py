@@ -268,7 +268,7 @@ def test_detach_leaves_no_slot_in_the_cgroups_storage(inside: Inside) -> None:
     fenced.replace(Mode.DISABLED)
     fenced.detach()
     plane, target = inside.fence.plane, resolve_cgroup(str(inside.group.path))
-    plane._hooks.attach_cgroup(target, "again", first=True)
+    plane._hooks.attach_cgroup(target, "again")
     try:
         slot = plane._loaded.maps["cgroup_slot"].lookup(target.cgroup_id.to_bytes(8, sys.byteorder))
         assert slot is not None

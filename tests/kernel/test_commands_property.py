@@ -58,6 +58,8 @@ from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import Policy
 from netfence.store import Row, Store
 
+pytestmark = pytest.mark.dealt
+
 T = TypeVar("T")
 
 MIN_S, GRACE_S, MAX_S, MAX_LEASES = 60.0, 30.0, 3600.0, 4

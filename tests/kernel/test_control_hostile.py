@@ -259,9 +259,7 @@ def test_refusals_that_nobody_reads_are_bounded(stage: Stage, survived: Survived
 
 def rss_mb(stage: Stage) -> int:
     """Tell the daemon's memory."""
-    status = Path(f"/proc/{stage.daemon.pid}/status").read_text()
-    (rss,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return int(rss) >> 10
+    return stage.daemon.memory_kb() >> 10
 
 
 # -- peers that are no control planes ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sqlite3
 from collections.abc import Callable
@@ -17,7 +18,12 @@ from harness.deadline import wait_for
 from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import Topology, Workload
+from hooktools import TCX_NEXT, needs_tcx, take_off
 from netfence.api.client import RefusedError
+from netfence.dataplane import links, rawprog
+from netfence.dataplane.links import AttachType
+from netfence.dataplane.rawprog import ProgType
+from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
 from netfence.policy.modes import Reason
 from netfence.store import DATABASE
 from netfence.v1 import types_pb2
@@ -320,19 +326,47 @@ def test_a_policy_file_that_is_a_circle_of_links_is_waited_out(topology: Topolog
     daemon.detach(attached.id)
 
 
-def test_pins_without_state_are_not_guessed_about(topology: Topology, start: Start) -> None:
+@needs_tcx
+def test_links_that_somebody_detaches_are_put_back(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup]
+) -> None:
+    """Nobody tells of them: the daemon looks."""
+    plain, early, group = topology.add_veth(), topology.add_veth(), cgroups("detached")
+    topology.queues(early.host_if)
+    daemon = start(topology, policy={"default": {"mode": "block_all"}})
+    attached = {
+        "main": daemon.attach(interface=plain.host_if),
+        "xdp": daemon.attach(interface=early.host_if, hook="xdp"),
+        "egress": daemon.attach(cgroup=group),
+    }
+    for hook, each in attached.items():
+        take_off(daemon.pins / "links" / f"{each.id}-{hook}")
+    assert topology.arrived(plain, UDP4, OUTSIDE4) == 3
+    assert topology.arrived(early, UDP4, OUTSIDE4) == 0  # TC stands behind it
+    for each in attached.values():
+        wait_for(lambda: daemon.own_events("hook_put_back", each.id), "the hook to be put back", 30)  # noqa: B023
+    assert topology.arrived(plain, UDP4, OUTSIDE4) == 0
+    with Agent(netns=topology.host, cgroup=group) as agent, pytest.raises(PermissionError):
+        agent.udp().sendto(b"x", (OUTSIDE4, 9))
+    with topology.host.inside(), Rtnl() as netlink:
+        assert len(get_xdp_programs(netlink, socket.if_nametoindex(early.host_if))) == 1
+
+
+@needs_tcx
+def test_a_program_that_comes_in_front_is_told_of(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()
-    daemon = start(topology, policy=POLICY)
+    daemon = start(topology, policy={"default": {"mode": "block_all"}})
     attached = daemon.attach(interface=workload.host_if)
-    daemon.stop()
-    state = daemon.directory / "data" / DATABASE
-    state.rename(state.with_suffix(".aside"))
-    daemon.launch()
-    assert f"holds 1 fences that data_dir {state.parent} does not know ({attached.id} is one)" in daemon.ended_saying()
-    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
-    state.with_suffix(".aside").rename(state)
-    daemon.start()
-    daemon.detach(attached.id)
+    program = rawprog.load_raw(ProgType.SCHED_CLS, rawprog.returning(TCX_NEXT), name="somebody")
+    with topology.host.inside():
+        link = links.link_create_tcx(program, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+    wait_for(lambda: daemon.own_events("programs_in_front", attached.id), "the daemon to see it", 30)
+    (told,) = daemon.own_events("programs_in_front", attached.id)
+    assert told["level"] == "error"
+    assert told["programs"] == [f"tcx: program {links.prog_info(program).id} (somebody)"]
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    os.close(link)
+    os.close(program)
 
 
 def test_clsact_filters_that_somebody_removes_are_put_back(topology: Topology, start: Start) -> None:

@@ -43,6 +43,8 @@ from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.target import own_addresses
 from netfence.dataplane.watch import LinkWatcher
 
+pytestmark = pytest.mark.dealt
+
 
 class Seen:
     """The events so far, in order."""

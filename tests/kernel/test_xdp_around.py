@@ -33,6 +33,8 @@ from netfence.policy.modes import Mode, Reason
 from shape_paths import bridged_port
 from xdp_tools import SIOCETHTOOL, XDP_MTU, fenced_by_xdp, queueing, queueing_by_mark, redirecting, turning
 
+pytestmark = pytest.mark.dealt
+
 WEB, CLOSED = "203.0.113.80", "203.0.113.99"
 COUNT = 3
 ETHTOOL_SCHANNELS = 0x3D

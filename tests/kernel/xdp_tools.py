@@ -37,6 +37,7 @@ def fenced_by_xdp(fence: Fence, name: str, mode: str, **static: Any) -> Iterator
     """Fence an interface by XDP, `mode` "native" or "generic"."""
     with generic_only() if mode == "generic" else contextlib.nullcontext():
         attachment = fence.interface(name, xdp=True, **static)
+    fence.topology.queues(name)
     with attachment:
         assert attachment.mechanism == f"xdp-{mode}"
         yield attachment

@@ -123,17 +123,18 @@ class Bench:
             )
 
     def _compile(self, directory: Path) -> tuple[Map, dict[str, int]]:
-        base, sources, layout = self.plane.bpffs / "netfence", loader.bpf_sources(), directory / "layout.json"
+        maps, sources = next(self.plane.bpffs.glob("netfence/maps-*")), loader.bpf_sources()
+        layout = directory / "layout.json"
         hot, random = self.plane.bpffs / "hot", self.plane.bpffs / "random"
         hot.mkdir()
         random.mkdir()
         # A test run gives cgroup programs fresh storage: this build knows its slot without.
-        job = child.Job(str(sources), str(base / "maps"), str(hot), str(layout), MAX_LEASES, self._slots[0])
+        job = child.Job(str(sources), str(maps), str(hot), str(layout), MAX_LEASES, self._slots[0])
         subprocess.run([sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))], check=True)
         wanted = {}
         for name, hook in HOOKS.items():
             wanted[hook.spread] = wanted[f"spread_empty_{name}"] = child.PROGRAMS[hook.program]
-        spread = spread_build.SpreadJob(str(sources), str(base / "maps"), str(layout), MAX_LEASES, str(random), wanted)
+        spread = spread_build.SpreadJob(str(sources), str(maps), str(layout), MAX_LEASES, str(random), wanted)
         argv = [sys.executable, spread_build.__file__, json.dumps(dataclasses.asdict(spread))]
         subprocess.run(argv, check=True)
         programs = {f"random {name}": links.obj_get(random / hook.spread) for name, hook in HOOKS.items()}
@@ -149,7 +150,7 @@ class Bench:
         while len(self._slots) < total:
             slot = plane.allocate_slot()
             plane._slots[slot] = SlotWord()
-            plane._write_maps(slot, _static(slot))
+            plane._write_maps(slot, _static(slot), "bench")
             plane._set_interface(FIRST_IFINDEX + slot, slot)
             self._slots.append(slot)
         plane._set_interface(LOOPBACK_IFINDEX, self._slots[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
@@ -220,6 +221,24 @@ def test_a_store_that_fails_takes_the_switch_back() -> None:
         assert bench.kernel.leases == {}  # closed meanwhile, and the next answer opens it again
         bench.one.learn("a.test", [A], 0)
         assert set(bench.kernel.leases) == {A}
+
+    on_bench(work)
+
+
+def test_a_clock_that_cannot_be_read_is_told_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(bench: Bench) -> None:
+        def fail() -> Clock:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Clock, "now", fail)
+            with pytest.raises(ExhaustedError, match=r"Too many open files; raise the limit of open files"):
+                await bench.one.apply(SetMode(Mode.BLOCK_ALL), "v2")
+        bench.check()
+        assert bench.one.row.policy_version == "v1"
+        await bench.one.apply(SetMode(Mode.BLOCK_ALL), "v2")
+        bench.check()
+        assert bench.one.policy.mode is Mode.BLOCK_ALL
 
     on_bench(work)
 

@@ -87,6 +87,14 @@ class FakePlane:
 
     tc_mechanism = "tcx"
 
+    def front(self, target: Target, direction: Direction | None, name: str) -> list[str]:
+        del target, direction, name
+        self._called("front")
+        return ["somebody"]
+
+    async def finish_upgrade(self) -> set[str]:
+        return set()
+
     async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
         del slot, direction
         await asyncio.sleep(0)
@@ -388,6 +396,30 @@ def test_a_detach_that_fails_half_way_puts_hooks_and_policy_back(tmp_path: Path)
     on_bench(tmp_path, work)
 
 
+def test_a_detach_that_the_store_refuses_leaves_the_fence_alone(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        policy = live.attachment.policy
+        store = bench.lifecycle.parts.store
+
+        async def refuse(*_: object) -> None:
+            raise NetfenceError("disk full")
+
+        for method in ("save_counters", "remove"):  # before the hooks are off, and after
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store, method, refuse)
+                with pytest.raises(NetfenceError, match="disk full"):
+                    await bench.lifecycle.detach(live.row.id)
+            assert set(bench.plane.hooked) == {live.row.id}
+            assert bench.plane.policies == {live.row.slot: policy}
+            assert bench.watch.targets == {key_of(live.target)}
+            assert bench.lifecycle.all() == [live]
+        await bench.lifecycle.detach(live.row.id)
+        await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)
+
+
 class Commanded(NoControl):
     """Real `Commands`, without a stream: an attach waits for what `take` brings."""
 
@@ -472,5 +504,24 @@ def test_an_attach_that_was_given_no_policy_is_shut_before_the_roll_back_begins(
             await task
         assert closed == [True]
         await bench.nothing_is_left()
+
+    on_bench(tmp_path, work)
+
+
+def test_looking_for_programs_in_front_of_a_target_that_went_is_no_failure(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        bench.plane.fail["front"] = NotFoundError("no such device")
+        with capture_logs() as logs:
+            await bench.lifecycle.warn(live)
+        assert live.in_front == []
+        assert "programs_in_front" not in {entry["event"] for entry in logs}
+        del bench.plane.fail["front"]
+        with capture_logs() as logs:
+            await bench.lifecycle.warn(live)
+            await bench.lifecycle.look_in_front(live)
+        assert live.in_front == ["somebody"]
+        levels = [entry["log_level"] for entry in logs if entry["event"] == "programs_in_front"]
+        assert levels == ["error"]  # one word, whoever sees it first: the attach or the look that goes round
 
     on_bench(tmp_path, work)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from netfence.notify import notify
+from netfence.notify import notify, watchdog_s
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
@@ -26,3 +27,26 @@ def test_without_a_service_manager_nothing_happens(monkeypatch: pytest.MonkeyPat
     if value is not None:
         monkeypatch.setenv("NOTIFY_SOCKET", value)
     notify("READY=1")
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid", "wanted"),
+    [
+        ("3000000", None, 3.0),
+        ("3000000", "ours", 3.0),
+        ("3000000", "1", None),
+        (None, "ours", None),
+        ("0", None, None),
+        ("-5", None, None),
+        ("²", None, None),
+        ("soon", None, None),
+    ],
+)
+def test_the_watchdog_that_is_meant(
+    monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | None, wanted: float | None
+) -> None:
+    for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", str(os.getpid()) if pid == "ours" else pid)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert watchdog_s() == wanted

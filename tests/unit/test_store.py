@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -151,10 +152,68 @@ def test_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / DATABASE).read_bytes() == before
 
 
-def test_a_damaged_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / DATABASE).write_bytes(b"not a database at all" * 100)
-    with pytest.raises(PreconditionError, match=r"state\.db: file is not a database; move the file away"):
-        Store.open(tmp_path)
+def aside(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"{DATABASE}.damaged-*[0-9]"))
+
+
+def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
+    garbage = b"not a database at all" * 100
+    (tmp_path / DATABASE).write_bytes(garbage)
+    assert rows(tmp_path) == []
+    assert [file.read_bytes() for file in aside(tmp_path)] == [garbage]
+    assert rows(tmp_path) == []
+    assert len(aside(tmp_path)) == 1
+
+
+def test_what_can_be_read_of_a_damaged_file_is_saved(tmp_path: Path) -> None:
+    known = []
+
+    async def fill(store: Store) -> None:
+        known.append(store.daemon_id)
+        for number in range(60):
+            row = replace(ROW, id=f"{number:03}", slot=number + 1)
+            await store.reserve(row)
+            await store.save(row, lambda: "x" * 3000)
+
+    with_store(tmp_path, fill)
+    path = tmp_path / DATABASE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 8192] = bytes(8192)
+    path.write_bytes(content)
+
+    async def look(store: Store) -> None:
+        assert await store.load() == []
+        assert 0 < len(store.saved) < 60
+        assert {row.policy for row in store.saved.values()} == {"x" * 3000}
+        assert [store.daemon_id] == known
+        await store.reserve(ROW)
+        assert await store.load() == [ROW]
+
+    with_store(tmp_path, look)
+    assert len(aside(tmp_path)) == 1
+
+    async def again(store: Store) -> None:
+        assert await store.load() == [ROW]
+        assert [store.daemon_id] == known
+        assert store.saved == {}
+
+    with_store(tmp_path, again)
+
+
+def test_the_log_of_a_damaged_file_does_not_reach_the_new_one(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+
+    async def work(store: Store) -> None:
+        store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        await store.reserve(ROW)
+        shutil.copytree(tmp_path, other)  # as a daemon that is killed leaves it, with the row in the log
+
+    with_store(tmp_path, work)
+    assert (other / f"{DATABASE}-wal").stat().st_size > 0
+    (other / DATABASE).write_bytes(b"garbage" * 1000)
+    for _ in range(2):
+        assert rows(other) == []
+    assert len(aside(other)) == 1
 
 
 def test_a_full_disk_fails_the_write_and_keeps_the_old_row(tmp_path: Path) -> None:

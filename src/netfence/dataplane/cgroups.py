@@ -56,6 +56,17 @@ def resolve_cgroup(path: str) -> CgroupTarget:
     return CgroupTarget(canonical, cgroup_id, fd)
 
 
+def find_cgroup(cgroup_id: int) -> str | None:
+    """Look for the directory of a cgroup by its id; None when it is gone. Walks the whole tree."""
+    for directory, _, _ in os.walk(_cgroup_mount()):
+        try:
+            if Path(directory).stat().st_ino == cgroup_id:
+                return directory
+        except FileNotFoundError:
+            continue
+    return None
+
+
 def _check_cgroup(fd: int, path: str, what: str) -> int:
     status = os.fstat(fd)
     kind, mount = probe.mounts().get(status.st_dev, ("", ""))

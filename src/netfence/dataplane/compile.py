@@ -12,11 +12,13 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from netfence import __version__
 from netfence.dataplane import probe
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.links import obj_get, obj_pin
@@ -24,6 +26,8 @@ from netfence.dataplane.maps import BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, Map, MapS
 
 SCHED_CLS, XDP, CGROUP_SKB, CGROUP_SOCK_ADDR = 3, 6, 8, 18
 """`enum bpf_prog_type`."""
+
+PR_SET_PDEATHSIG = 1
 
 PROGRAMS: dict[str, tuple[int, int]] = {
     "nf_tc": (SCHED_CLS, 0),
@@ -50,6 +54,7 @@ class Job:
     layout_file: str
     max_leases: int
     test_slot: int | None = None
+    parent: int = 0  # process id: the job is not done without it
 
 
 def map_specs(layout: Layout, max_leases: int) -> list[MapSpec]:
@@ -138,8 +143,17 @@ def open_or_make_maps(specs: list[MapSpec], directory: Path) -> dict[str, Map]:
     return maps
 
 
+def die_with(parent: int) -> None:
+    """End when the parent does: whoever starts after it must not meet us among the pins."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def run(job: Job) -> None:
     """Do the job; raises whatever goes wrong, nothing half-written stays that a second run could not finish."""
+    if job.parent:
+        die_with(job.parent)
     probe.raise_memlock("compile the BPF programs")
     sources = Path(job.sources)
     os.environ["BCC_KERNEL_SOURCE"] = str(sources / "stubs")
@@ -159,7 +173,10 @@ def run(job: Job) -> None:
             obj_pin(function.fd, pin)
     layout_file = Path(job.layout_file)
     temporary = layout_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(raw, indent=1, sort_keys=True), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"version": __version__, **raw}, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(layout_file)
 
 

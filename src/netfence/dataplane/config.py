@@ -13,7 +13,7 @@ from typing import Literal
 
 from netfence.dataplane.clock import Clock
 from netfence.dataplane.layout import Layout
-from netfence.dataplane.leases import kernel_address
+from netfence.dataplane.leases import kernel_address, packed_address
 from netfence.dataplane.maps import Map
 
 HANDSHAKE_IDLE_S = 60.0
@@ -38,6 +38,17 @@ class Static:
     established_max_s: float = 86400.0
     dns_ports: tuple[int, int] = (11000, 15999)  # where DNS servers of attachments may listen, beside 53
     own_addresses: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What the kernel has of an attachment beside its policy, read back; enough to know it again without any state."""
+
+    attachment: str
+    dns_address: bytes
+    dns_port: int
+    cgroup: bool
+    host_direction: bool
 
 
 def network_port(port: int) -> int:
@@ -75,7 +86,9 @@ class ConfigMap:
             "own_count",
             "flags",
             "own",
+            "attachment",
         )
+        self._fixed = layout.packer("config", "dns_address", "dns_port", "flags", "attachment")
         self._static_from = fields["established_idle"].offset
         self.handshake_idle = clock.span(HANDSHAKE_IDLE_S)
 
@@ -87,8 +100,8 @@ class ConfigMap:
         """Write that word: one 8-byte store."""
         self._words[slot * self._stride // 8 + self._active] = word
 
-    def write(self, slot: int, static: Static) -> None:
-        """Write all but the word."""
+    def write(self, slot: int, static: Static, attachment: str) -> None:
+        """Write all but the word; `attachment` is the id."""
         bit = self._constants
         flags = (
             bit["FLAG_L3"] * static.l3
@@ -112,8 +125,19 @@ class ConfigMap:
             len(own) // 16,
             flags,
             own,
+            attachment.encode(),
         )
         self._memory[at + self._static_from : at + self._size] = packed[self._static_from :]
+
+    def read(self, slot: int) -> Fixed | None:
+        """Read back what was written; None where nothing is."""
+        at, bit = slot * self._stride, self._constants
+        address, port, flags, attachment = self._fixed.unpack(self._memory[at : at + self._size])
+        name = attachment.rstrip(b"\0").decode("ascii", "replace")
+        if not name:
+            return None
+        cgroup, host = bool(flags & bit["FLAG_CGROUP"]), bool(flags & bit["FLAG_HOST"])
+        return Fixed(name, packed_address(address), network_port(port), cgroup, host)
 
     def write_own(self, slot: int, addresses: Sequence[bytes]) -> None:
         """Replace the addresses neighbour discovery may ask of this interface; those beyond the limit are left out."""

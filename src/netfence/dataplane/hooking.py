@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from netfence.dataplane import links, probe
@@ -27,7 +28,7 @@ CGROUP_PROGRAMS = {
     "sendmsg6": "nf_sendmsg6",
     "egress": "nf_cgroup_egress",
 }
-"""Hook → program; the packet filter last, because the slot must be in the cgroup's storage by then."""
+"""Hook → program."""
 
 
 class Hooks:
@@ -37,6 +38,7 @@ class Hooks:
 
     def __init__(self, loaded: Loaded, directory: Path, *, tcx: bool) -> None:
         self._programs, self._directory, self._tcx = loaded.programs, directory, tcx
+        self._ids = {name: links.prog_info(fd).id for name, fd in loaded.programs.items()}
 
     @property
     def tc_mechanism(self) -> str:
@@ -54,33 +56,56 @@ class Hooks:
         return self._attach_xdp(target, name) if with_xdp else self.tc_mechanism
 
     def put_back_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> bool:
-        """Attach what is not in force on this very device; False when something was not."""
+        """Attach what is not in force on this very device; False when something was not.
+
+        Programs of another build are replaced by ours between two packets.
+        """
         side = side_of(direction)
         if self._tcx:
             whole = self._put_back_tcx(target, side, name, MAIN, "nf_tc")
         else:
-            whole = clsact.attached(target.ifindex, side) is not None
-            if not whole:
+            there = clsact.attached(target.ifindex, side)
+            whole = there is not None
+            if there != self._ids["nf_tc"]:
                 self._attach_tc(target, direction, name)
-        if with_xdp and not xdp.attached(self._pin(name, XDP), target.ifindex):
-            xdp.detach(self._pin(name, XDP))  # what is left of a link that somebody took off
-            self._attach_xdp(target, name)
-            whole = False
+        if with_xdp:
+            whole = self._put_back_xdp(target, name) and whole
         return whole
+
+    def _put_back_xdp(self, target: InterfaceTarget, name: str) -> bool:
+        pin = self._pin(name, XDP)
+        there = xdp.attached(pin, target.ifindex)
+        if there and self._is_ours(pin, "nf_xdp"):
+            return True
+        xdp.detach(pin)  # another build's, behind which TC fences; or what is left of a link that somebody took off
+        self._attach_xdp(target, name)
+        return there
 
     def _put_back_tcx(self, target: InterfaceTarget, side: Side, name: str, hook: str, program: str) -> bool:
         pin = self._pin(name, hook)
         if tcx.attached(pin, target.ifindex, side):
+            if not self._is_ours(pin, program):
+                tcx.replace(pin, self._programs[program])
             return True
         tcx.detach(pin)  # what is left of a link that somebody took off
         tcx.attach(self._programs[program], target.ifindex, target.name, side, pin)
         return False
 
     def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> None:
-        pin = self._pin(name, hook)
-        if not cgroup.attached(pin, target.cgroup_id):
+        pin, fresh = self._pin(name, hook), self._pin(name, f"{hook}_new")
+        there = cgroup.attached(pin, target.cgroup_id)
+        if there and self._is_ours(pin, program):
+            return
+        cgroup.detach(fresh)  # of a start that was cut short
+        if not there:
             cgroup.detach(pin)  # what is left of a link that somebody took off
-            cgroup.attach(self._programs[program], target.fd, target.path, cgroup.ATTACH_TYPES[attach_type], pin)
+        cgroup.attach(self._programs[program], target.fd, target.path, cgroup.ATTACH_TYPES[attach_type], fresh)
+        # Another build's link goes with its pin; until then both judge. Ours does not take its place in that link,
+        # because it would look for the slot in the storage of the other build's map.
+        fresh.rename(pin)
+
+    def _is_ours(self, pin: Path, program: str) -> bool:
+        return links.pinned_prog_id(pin) == self._ids[program]
 
     def _attach_tc(self, target: InterfaceTarget, direction: Direction, name: str) -> None:
         side = side_of(direction)
@@ -102,22 +127,37 @@ class Hooks:
             return
         for direction in Direction:
             clsact.detach(target.ifindex, side_of(direction), self._pin(name, QDISC))
-        self._pin(name, MAIN).unlink(missing_ok=True)
+        for mark in (MAIN, f"{MAIN}_new"):
+            self._pin(name, mark).unlink(missing_ok=True)
 
-    def attach_cgroup(self, target: CgroupTarget, name: str, *, first: bool) -> None:
-        """Attach `connect4` alone (`first`), or the others; programs in place already are left alone."""
+    @contextlib.contextmanager
+    def cgroup_storage(self, target: CgroupTarget) -> Iterator[None]:
+        """Have the cgroup's storage, which comes with the first program of ours, before anything judges by it."""
+        note = links.link_create_cgroup(self._programs["nf_cgroup_inbound"], target.fd, cgroup.ATTACH_TYPES["ingress"])
+        try:
+            yield
+        finally:
+            os.close(note)
+
+    def attach_cgroup(self, target: CgroupTarget, name: str) -> None:
+        """Attach what is not in force on this very cgroup; programs of another build are replaced by ours."""
         for hook, program in CGROUP_PROGRAMS.items():
-            if (hook == "connect4") == first:
-                self._put_back_cgroup(target, name, hook, program, hook)
+            self._put_back_cgroup(target, name, hook, program, hook)
+
+    def cgroup_in_place(self, target: CgroupTarget, name: str) -> bool:
+        """Tell whether every program is in force on this very cgroup, and ours."""
+        ours = all(self._is_ours(self._pin(name, hook), program) for hook, program in CGROUP_PROGRAMS.items())
+        return ours and self.cgroup_attached(target, name)
 
     def cgroup_attached(self, target: CgroupTarget, name: str) -> bool:
-        """Tell whether every program is in force on this very cgroup."""
+        """Tell whether every program is in force on this very cgroup, ours or another build's."""
         return all(cgroup.attached(self._pin(name, hook), target.cgroup_id) for hook in CGROUP_PROGRAMS)
 
     def detach_cgroup(self, name: str) -> None:
         """Take all programs off; idempotent."""
         for hook in (*CGROUP_PROGRAMS, INBOUND):
-            cgroup.detach(self._pin(name, hook))
+            for pin in (self._pin(name, hook), self._pin(name, f"{hook}_new")):
+                cgroup.detach(pin)
 
     def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
         """Put the program that notes connections begun from outside onto the opposite hook."""
@@ -140,13 +180,21 @@ class Hooks:
         module = tcx if self._tcx else clsact
         return [str(one) for one in module.in_front(target.ifindex, side_of(direction or Direction.WORKLOAD), ours)]
 
+    def of_others(self) -> set[str]:
+        """Return the names of attachments of which a hook runs another build's program."""
+        ours = set(self._ids.values())
+        pins = [pin for pin in self._directory.glob("*-*") if not pin.is_dir()]
+        return {pin.name.rpartition("-")[0] for pin in pins if links.pinned_prog_id(pin) not in ours}
+
     def _pin(self, name: str, hook: str) -> Path:
         return self._directory / f"{name}-{hook}"
 
     def _mark(self, name: str) -> None:
         """Pin the program where a link would be: clsact filters have none, and the directory tells what is in force."""
-        with contextlib.suppress(FileExistsError):
-            links.obj_pin(self._programs["nf_tc"], self._pin(name, MAIN))
+        fresh = self._pin(name, f"{MAIN}_new")
+        fresh.unlink(missing_ok=True)
+        links.obj_pin(self._programs["nf_tc"], fresh)
+        fresh.rename(self._pin(name, MAIN))
 
     def close(self) -> None:
         """Close the program descriptors."""

@@ -181,6 +181,19 @@ def pinned_link_info(pin: Path) -> LinkInfo | None:
         os.close(link_fd)
 
 
+def pinned_prog_id(pin: Path) -> int:
+    """Tell the id of a pinned program, or of a pinned link's program; 0 of anything else and without such a pin."""
+    try:
+        fd = obj_get(pin)
+    except FileNotFoundError:
+        return 0
+    try:
+        facts = dict(line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines())
+    finally:
+        os.close(fd)
+    return int(facts.get("prog_id", 0))
+
+
 def prog_info(prog_fd: int) -> ProgInfo:
     """Read a program's facts."""
     info = _info(prog_fd)

@@ -1,22 +1,35 @@
 """Gets the programs and maps into the kernel, or finds them there: build id, compile child, pins.
 
-Layout of `bpffs_dir`: ``maps/<name>``, ``programs-<build>/<name>``, ``links/<attachment>-<hook>`` (without dots).
-The build id is a hash of the BPF sources, of what compiles them and of the map sizes: the same id is taken over without
-compiling. bpffs holds no ordinary files, so ``layout-<build>.json`` stands in `data_dir`. Refuses to know what any
-program does.
+Layout of `bpffs_dir`: ``maps-<build>/<name>``, for a map inside a map ``<name>-<key>``; ``programs-<build>/<name>``;
+``links/<attachment>-<hook>`` (without dots). The build id is a hash of the BPF sources, of what compiles them and of
+the map sizes: the same id is taken over without compiling. bpffs holds no ordinary files, so ``layout-<build>.json``
+stands in `data_dir`. Refuses to know what any program does.
+
+Another build's programs stay in force while ours are made and its maps' contents carried over (carry.py); whoever takes
+an attachment over puts our programs in their places, and when none of theirs is left `forget` removes what they pinned.
+A directory ``maps-<build>/whole`` says that ours hold all there is: without it, a start that was cut short is begun
+anew, because no hook can have our programs yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
+from netfence import __version__
 from netfence.dataplane import compile as child
+from netfence.dataplane.carry import carry_over
 from netfence.dataplane.failure import explain
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.links import obj_get
@@ -25,6 +38,11 @@ from netfence.errors import NetfenceError, PreconditionError
 
 COMPILE_TIMEOUT_S = 180.0
 """Ten times what an emulated guest takes; a child that hangs must not hang the start for ever."""
+
+WHOLE = "whole"
+"""The directory among a build's maps that says that they hold everything."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,62 +73,130 @@ def build_id(sources: Path, max_leases: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(bpffs_dir: Path, data_dir: Path, max_leases: int) -> Loaded:
+def load(bpffs_dir: Path, data_dir: Path, max_leases: int, lock_fd: int) -> Loaded:
     """Open the pins of this build, after having a child make what is missing. Blocks, up to seconds.
 
-    Raises PreconditionError: no bcc, compile error, pins of another build in the way.
+    The child dies with us and has the lock on `bpffs_dir` until then: nobody else's pins are mixed with its own.
+
+    What another build has in force is carried over; its pins stay for `forget`. Raises PreconditionError: no bcc,
+    compile error, attachments of a newer netfence, or of a build whose layout is not known.
     """
     sources = bpf_sources()
     build = build_id(sources, max_leases)
-    maps_dir, programs_dir = bpffs_dir / "maps", bpffs_dir / f"programs-{build}"
-    layout_file = data_dir / f"layout-{build}.json"
+    maps_dir, programs_dir, layout_file = _maps(bpffs_dir, build), _programs(bpffs_dir, build), _layout(data_dir, build)
     try:
-        _refuse_other_build(bpffs_dir, build)
+        if not any(bpffs_dir.glob("links/*")):
+            forget(bpffs_dir, data_dir, others(bpffs_dir, build))  # nothing is in force
+        source = _in_force(bpffs_dir)
+        if source not in ("", build):
+            _require_older(source, _layout(data_dir, source))
+            forget(bpffs_dir, data_dir, [build])  # of a start that was cut short, or of an upgrade that is taken back
         for directory in (maps_dir, programs_dir, bpffs_dir / "links"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not layout_file.is_file() or not all((programs_dir / name).exists() for name in child.PROGRAMS):
-            _compile(child.Job(str(sources), str(maps_dir), str(programs_dir), str(layout_file), max_leases))
+        if _unread(layout_file) or not all((programs_dir / name).exists() for name in child.PROGRAMS):
+            job = child.Job(str(sources), str(maps_dir), str(programs_dir), str(layout_file), max_leases)
+            _compile(dataclasses.replace(job, parent=os.getpid()), lock_fd)
         layout = Layout.load(layout_file)
-        maps = {spec.name: Map(obj_get(maps_dir / spec.name), spec) for spec in child.map_specs(layout, max_leases)}
+        specs = child.map_specs(layout, max_leases)
+        maps = {spec.name: Map(obj_get(maps_dir / spec.name), spec, maps_dir / spec.name) for spec in specs}
         programs = {name: obj_get(programs_dir / name) for name in child.PROGRAMS}
+        if source != build:
+            if source:
+                pins = [pin for pin in _maps(bpffs_dir, source).iterdir() if pin.name != WHOLE and "-" not in pin.name]
+                old = {pin.name: Map.pinned(pin) for pin in pins}
+                carried = carry_over(old, Layout.load(_layout(data_dir, source)), maps, layout)
+                log.warning("upgrading", from_build=source, to_build=build, **carried)
+            (maps_dir / WHOLE).mkdir(mode=0o700)
     except OSError as error:
         raise explain(f"load the data plane under {bpffs_dir}", error) from error
     return Loaded(build, layout, maps, programs)
 
 
+def others(bpffs_dir: Path, build: str) -> list[str]:
+    """List the other builds that have pins here."""
+    found = {path.name.partition("-")[2] for kind in ("programs", "maps") for path in bpffs_dir.glob(f"{kind}-*")}
+    return sorted(found - {build})
+
+
+def forget(bpffs_dir: Path, data_dir: Path, builds: Iterable[str]) -> None:
+    """Remove what these builds have pinned beside links; hooks that run their programs keep those. Idempotent."""
+    for build in builds:
+        _layout(data_dir, build).unlink(missing_ok=True)
+        for directory in (_programs(bpffs_dir, build), _maps(bpffs_dir, build)):
+            _remove(directory)
+
+
 def unload(bpffs_dir: Path) -> None:
     """Remove every pin of ours; what is attached through a pinned link is thereby detached. Idempotent."""
-    for pattern in ("links/*", "programs-*/*", "maps/*"):
-        for pin in bpffs_dir.glob(pattern):
-            if pin.is_dir():
-                pin.rmdir()  # the note that we made an interface's clsact qdisc
-            else:
-                pin.unlink(missing_ok=True)
-    for directory in (*bpffs_dir.glob("programs-*"), bpffs_dir / "links", bpffs_dir / "maps"):
-        if directory.is_dir():
-            directory.rmdir()
+    for directory in (bpffs_dir / "links", *bpffs_dir.glob("programs-*"), *bpffs_dir.glob("maps-*")):
+        _remove(directory)
 
 
-def _refuse_other_build(bpffs_dir: Path, build: str) -> None:
-    """Another build's maps may differ in layout: taken away when nothing is attached, refused otherwise."""
-    others = [path for path in bpffs_dir.glob("programs-*") if path.name != f"programs-{build}"]
-    if not others:
-        return
-    if any(bpffs_dir.glob("links/*")):
-        message = (
-            f"load the data plane under {bpffs_dir}: it holds attachments of another netfence build "
-            f"({others[0].name}); they stay in force; detach them with that version, or stop it with "
-            "enforcement.on_shutdown: detach"
-        )
+def _remove(directory: Path) -> None:
+    for pin in directory.glob("*"):
+        if pin.is_dir():
+            pin.rmdir()
+        else:
+            pin.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        directory.rmdir()
+
+
+def _maps(bpffs_dir: Path, build: str) -> Path:
+    return bpffs_dir / f"maps-{build}"
+
+
+def _programs(bpffs_dir: Path, build: str) -> Path:
+    return bpffs_dir / f"programs-{build}"
+
+
+def _layout(data_dir: Path, build: str) -> Path:
+    return data_dir / f"layout-{build}.json"
+
+
+def _unread(layout_file: Path) -> bool:
+    """Tell whether a layout is to be written again: it is not there, or a power cut left something else."""
+    try:
+        Layout.load(layout_file)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+    return False
+
+
+def _in_force(bpffs_dir: Path) -> str:
+    """Tell which build's maps hold what is in force: of several, which upgrades cut short leave, the last; "": none."""
+    whole = sorted(bpffs_dir.glob(f"maps-*/{WHOLE}"), key=lambda path: path.stat().st_mtime_ns)
+    return whole[-1].parent.name.partition("-")[2] if whole else ""
+
+
+def _require_older(build: str, layout_file: Path) -> None:
+    """Refuse to take over from a newer netfence, and from a build of which we do not know how to read its maps."""
+    whose = f"take over the attachments of another build of netfence ({build})"
+    remedy = "they stay in force; start that version again, with on_shutdown: detach to take them off"
+    try:
+        version = str(json.loads(layout_file.read_text(encoding="utf-8"))["version"])
+    except (OSError, ValueError, KeyError) as error:
+        raise PreconditionError(f"{whose}: read {layout_file}: {error}; {remedy}") from error
+    if _numbers(version) > _numbers(__version__):
+        message = f"{whose}: it is of version {version}, this is {__version__}, and no way leads back; {remedy}"
         raise PreconditionError(message)
-    unload(bpffs_dir)
 
 
-def _compile(job: child.Job) -> None:
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+
+
+def _compile(job: child.Job, lock_fd: int) -> None:
     command = [sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))]
     try:
         done = subprocess.run(  # noqa: S603 - our own module
-            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[lock_fd],
         )
     except subprocess.TimeoutExpired as error:
         message = (

@@ -6,16 +6,20 @@ are `bytes` of exactly the map's sizes. All calls block; those on maps of maps w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
 import functools
 import mmap
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from netfence.dataplane.links import obj_get, obj_pin
 from netfence.dataplane.sysbpf import Cmd, call
 
 BPF_ANY = 0
@@ -91,6 +95,13 @@ class _IdAttr(ctypes.Structure):
     _fields_ = [("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32)]
 
 
+class _InfoAttr(ctypes.Structure):
+    _fields_ = [("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64)]
+
+
+_INFO_BYTES = 512  # more than `struct bpf_map_info` of 6.18; the kernel wants what it does not know to be zero
+
+
 @functools.cache
 def possible_cpus() -> int:
     """Count the CPUs a per-CPU value has room for (kernel: num_possible_cpus)."""
@@ -99,11 +110,13 @@ def possible_cpus() -> int:
 
 
 class Map:
-    """One map by descriptor, which it owns: `close` or garbage collection closes it."""
+    """One map by descriptor, which it owns: `close` or garbage collection closes it.
 
-    def __init__(self, fd: int, spec: MapSpec) -> None:
-        self.fd = fd
-        self.spec = spec
+    `pin` is where an array of maps is pinned; the maps in it are pinned beside it (`pin_inner`).
+    """
+
+    def __init__(self, fd: int, spec: MapSpec, pin: Path | None = None) -> None:
+        self.fd, self.spec, self._pin = fd, spec, pin
         cpus = possible_cpus() if spec.type == MapType.PERCPU_ARRAY else 1
         self._value_bytes = (spec.value_size + 7) // 8 * 8 * cpus
 
@@ -122,6 +135,18 @@ class Map:
         if inner is not None:
             inner.close()
         return cls(fd, spec)
+
+    @classmethod
+    def pinned(cls, pin: Path) -> Map:
+        """Open a map whose spec only the kernel knows; raises OSError."""
+        return cls._known(obj_get(pin), pin)
+
+    @classmethod
+    def _known(cls, fd: int, pin: Path | None = None) -> Map:
+        info = _info(fd)
+        kind, _, key_size, value_size, entries, flags = struct.unpack_from("=IIIIII", info)
+        name = info[24:40].split(b"\0", 1)[0].decode("ascii", "replace")
+        return cls(fd, MapSpec(name, MapType(kind), key_size, value_size, entries, flags), pin)
 
     def __del__(self) -> None:
         self.close()
@@ -199,12 +224,39 @@ class Map:
                     )
 
     def inner(self, key: bytes) -> Map | None:
-        """Open the map that an array of maps holds at `key`."""
+        """Open the map that an array of maps holds at `key`: by its pin, or by its id, which needs CAP_SYS_ADMIN."""
         found = self.lookup(key)
-        if found is None or self.spec.inner is None:
+        if found is None:
             return None
-        attr = _IdAttr(int.from_bytes(found[:4], "little" if _LITTLE else "big"), 0, 0)
-        return Map(call(Cmd.MAP_GET_FD_BY_ID, attr), self.spec.inner)
+        number = int.from_bytes(found[:4], sys.byteorder)
+        fd = self._pinned_inner(key, number)
+        if fd < 0:
+            fd = call(Cmd.MAP_GET_FD_BY_ID, _IdAttr(number, 0, 0))
+        return Map(fd, self.spec.inner) if self.spec.inner else Map._known(fd)
+
+    def _pinned_inner(self, key: bytes, number: int) -> int:
+        """Open the map with this id by its pin; -1 where there is none, or of an earlier one."""
+        if self._pin is None:
+            return -1
+        try:
+            fd = obj_get(_beside(self._pin, key))
+        except FileNotFoundError:
+            return -1
+        if struct.unpack_from("=II", _info(fd))[1] == number:
+            return fd
+        os.close(fd)
+        return -1
+
+    def pin_inner(self, key: bytes, inner: Map) -> None:
+        """Pin a map that is to be put in at `key`, instead of the one before it.
+
+        Where that fails, because the bpffs is read-only or full, it is opened by its id.
+        """
+        if self._pin is not None:
+            place = _beside(self._pin, key)
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+                obj_pin(inner.fd, place)
 
     def memory(self) -> mmap.mmap:
         """Map the values of an mmapable array into memory, shared with the kernel."""
@@ -214,4 +266,12 @@ class Map:
         return mmap.mmap(self.fd, (size + page - 1) // page * page)
 
 
-_LITTLE = ctypes.c_uint16(1).value == memoryview(ctypes.c_uint16(1)).cast("B")[0]
+def _info(fd: int) -> bytes:
+    """Read a map's `struct bpf_map_info`."""
+    info = ctypes.create_string_buffer(_INFO_BYTES)
+    call(Cmd.OBJ_GET_INFO_BY_FD, _InfoAttr(fd, _INFO_BYTES, ctypes.addressof(info)))
+    return info.raw
+
+
+def _beside(pin: Path, key: bytes) -> Path:
+    return pin.with_name(f"{pin.name}-{int.from_bytes(key, sys.byteorder)}")

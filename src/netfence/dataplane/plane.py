@@ -12,6 +12,7 @@ import fcntl
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,9 @@ WORKERS = 4
 IN_PLACE = 256
 """Differences between two tables looked at before a new table is made anyway."""
 
+LOCK_S = 2.0
+"""How long `open` waits for another daemon's end."""
+
 SCAN_EVERY_S = 5.0
 """How old the walk over the lease map may be that several slots' sweeps share."""
 
@@ -58,8 +62,11 @@ log = structlog.get_logger(__name__)
 class DataPlane:
     """See the module. Make one with `open`; only one per `bpffs_dir` at a time."""
 
-    def __init__(self, loaded: Loaded, bpffs_dir: Path, lock_fd: int, start_mode: Mode, *, tcx: bool) -> None:
-        self._loaded, self._bpffs_dir, self._lock_fd, self._start_mode = loaded, bpffs_dir, lock_fd, start_mode
+    def __init__(
+        self, loaded: Loaded, bpffs_dir: Path, data_dir: Path, lock_fd: int, start_mode: Mode, *, tcx: bool
+    ) -> None:
+        self._loaded, self._lock_fd, self._start_mode = loaded, lock_fd, start_mode
+        self._bpffs_dir, self._data_dir = bpffs_dir, data_dir
         maps, layout = loaded.maps, loaded.layout
         clock_memory = memoryview(maps["clock"].memory()).cast("Q")
 
@@ -111,14 +118,14 @@ class DataPlane:
             probe.require_bpffs(bpffs_dir)
             lock_fd = _lock(bpffs_dir)
             try:
-                return loader.load(bpffs_dir, data_dir, max_leases_total), lock_fd
+                return loader.load(bpffs_dir, data_dir, max_leases_total, lock_fd), lock_fd
             except BaseException:
                 os.close(lock_fd)
                 raise
 
         loaded, lock_fd = await asyncio.to_thread(blocking)
         has_tcx = probe.kernel_features()["tcx"] == "yes" if tcx is None else tcx
-        plane = cls(loaded, bpffs_dir, lock_fd, start_mode, tcx=has_tcx)
+        plane = cls(loaded, bpffs_dir, data_dir, lock_fd, start_mode, tcx=has_tcx)
         await plane._run(plane._rules.refill)
         return plane
 
@@ -170,7 +177,7 @@ class DataPlane:
         before = self._slots.get(slot)
         self._slots[slot] = SlotWord(mode=self._start_mode)
         try:
-            self._write_maps(slot, static)
+            self._write_maps(slot, static, name)
             if before is not None and before.index:  # of a policy that came while the hooks could not be attached
                 self._give_back(before.index)
             if isinstance(target, CgroupTarget):
@@ -195,7 +202,7 @@ class DataPlane:
         Raises what the hooks raise; where XDP is refused (PreconditionError), TC is in place by then.
         """
         self._slots[slot] = SlotWord.decode(self.config.word(slot), self._loaded.layout)
-        self._write_maps(slot, static, word=False)
+        self._write_maps(slot, static, name, word=False)
         if not isinstance(target, CgroupTarget):
             self._set_interface(target.ifindex, slot)
         whole = await self.put_back(slot, target, direction, name)
@@ -206,10 +213,7 @@ class DataPlane:
     async def put_back(self, slot: int, target: Target, direction: Direction | None, name: str) -> bool:
         """Attach what somebody took away of an attachment's hooks; False when something had to be put back."""
         if isinstance(target, CgroupTarget):
-            whole = await self._run(lambda: self._hooks.cgroup_attached(target, name))
-            # Also when all are there: a detach that was cut short has set the slot in the cgroup's storage back.
-            await self._run(lambda: self._attach_cgroup(slot, target, name))
-            return whole
+            return await self._run(lambda: self._put_back_cgroup(slot, target, name))
         side = direction or Direction.WORKLOAD
         with_xdp = slot in self._xdp
         return await self._run(lambda: self._hooks.put_back_interface(target, side, name, with_xdp=with_xdp))
@@ -232,6 +236,22 @@ class DataPlane:
         await self._run(lambda: self._clear(slot))
         if index:
             self._give_back(index)
+
+    async def finish_upgrade(self) -> set[str]:
+        """Remove the pins of other builds, unless a hook runs a program of theirs: return the names of such."""
+        build = self._loaded.build
+        if not loader.others(self._bpffs_dir, build):
+            return set()
+        for pending in list(self._inbound_hooks.values()):
+            await asyncio.wait([pending])
+
+        def work() -> set[str]:
+            left = self._hooks.of_others()
+            if not left:
+                loader.forget(self._bpffs_dir, self._data_dir, loader.others(self._bpffs_dir, build))
+            return left
+
+        return await self._run(work)
 
     def forget_interface(self, slot: int, ifindex: int) -> None:
         """Take an interface from a slot, unless the index is another slot's by now."""
@@ -357,11 +377,11 @@ class DataPlane:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _write_maps(self, slot: int, static: Static, *, word: bool = True) -> None:
+    def _write_maps(self, slot: int, static: Static, name: str, *, word: bool = True) -> None:
         self._dirty.add(slot)
         if word:
             self._write_word(slot, self._slots[slot])
-        self.config.write(slot, static)
+        self.config.write(slot, static, name)
         (self._xdp.add if static.xdp else self._xdp.discard)(slot)
         self._longest[slot] = (static.established_idle_s, static.established_max_s)
         key = self._endpoint.pack(kernel_address(static.dns_address), network_port(static.dns_port))
@@ -399,10 +419,17 @@ class DataPlane:
             table.delete(_word(ifindex))
 
     def _attach_cgroup(self, slot: int, target: CgroupTarget, name: str) -> None:
-        # Storage appears with the first program and keeps an old value: connect4, then the slot, then what enforces.
-        self._hooks.attach_cgroup(target, name, first=True)
-        self._set_cgroup(target, slot)
-        self._hooks.attach_cgroup(target, name, first=False)
+        with self._hooks.cgroup_storage(target):
+            self._set_cgroup(target, slot)  # it may have an old value, of an attachment before
+            self._hooks.attach_cgroup(target, name)
+
+    def _put_back_cgroup(self, slot: int, target: CgroupTarget, name: str) -> bool:
+        if self._hooks.cgroup_in_place(target, name):
+            self._set_cgroup(target, slot)  # a detach that was cut short has set it back
+            return True
+        whole = self._hooks.cgroup_attached(target, name)
+        self._attach_cgroup(slot, target, name)
+        return whole
 
     def _set_cgroup(self, target: CgroupTarget, slot: int) -> None:
         try:
@@ -461,13 +488,21 @@ def _word(value: int) -> bytes:
 
 
 def _lock(bpffs_dir: Path) -> int:
-    """Hold `bpffs_dir` for ourselves while the descriptor is open; raises PreconditionError when another has it."""
+    """Hold `bpffs_dir` for ourselves while the descriptor is open; raises PreconditionError when another has it.
+
+    A compile child may outlive a daemon that was killed by the moment that its own end takes.
+    """
     bpffs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock_fd = os.open(bpffs_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock_fd)
-        message = f"lock {bpffs_dir}: another netfenced uses it; stop that one or set bpffs_dir"
-        raise PreconditionError(message) from error
-    return lock_fd
+    until = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                os.close(lock_fd)
+                message = f"lock {bpffs_dir}: another netfenced uses it; stop that one or set bpffs_dir"
+                raise PreconditionError(message) from error
+            time.sleep(LOCK_S / 50)
+        else:
+            return lock_fd

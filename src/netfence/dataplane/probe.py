@@ -35,6 +35,7 @@ _F_NO_PREALLOC, _F_MMAPABLE = 1, 1 << 10
 
 # Capabilities we use, by bit number of /proc/self/status CapEff (include/uapi/linux/capability.h).
 CAPABILITIES = {
+    "CAP_CHOWN": 0,
     "CAP_NET_BIND_SERVICE": 10,
     "CAP_NET_ADMIN": 12,
     "CAP_NET_RAW": 13,
@@ -43,6 +44,18 @@ CAPABILITIES = {
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
+
+# What netfenced does with each; CAP_NET_RAW is none of ours, others are asked whether they hold it.
+PURPOSES = {
+    "CAP_BPF": "load BPF programs and make their maps",
+    "CAP_PERFMON": "load BPF programs that calculate with packet pointers",
+    "CAP_NET_ADMIN": "attach to interfaces and cgroups",
+    "CAP_SYS_ADMIN": "ask the names of foreign programs in front of ours",
+    "CAP_SYS_RESOURCE": "lift RLIMIT_MEMLOCK for BPF maps on Linux before 5.11",
+    "CAP_NET_BIND_SERVICE": "bind DNS servers to ports below 1024",
+    "CAP_CHOWN": "give the socket to socket_group",
+}
+ALWAYS_NEEDED = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
 
 # The features by name, the first mainline kernel that has each, and what it is for.
 FIRST_KERNEL = {
@@ -195,7 +208,8 @@ def features(bpffs_dir: Path | None = None) -> dict[str, str]:
     told = {"kernel": os.uname().release, "hz": str(hz()), **kernel_features()}
     if bpffs_dir is not None:
         told["bpffs"] = YES if on_bpffs(bpffs_dir) else f"no: {bpffs_dir} is not on a bpf mount"
-    told.update({name.lower(): YES if has_capability(name) else f"no: {name} is missing" for name in CAPABILITIES})
+    held = {name: has_capability(name) for name in PURPOSES}
+    told.update({name.lower(): YES if held[name] else f"no: may not {what}" for name, what in PURPOSES.items()})
     return told
 
 
@@ -258,9 +272,14 @@ def require_bpffs(path: Path) -> None:
         )
 
 
+def charges_memlock() -> bool:
+    """Tell whether BPF maps are charged to RLIMIT_MEMLOCK here, as before 5.11."""
+    return kernel_version() < (5, 11)
+
+
 def raise_memlock(what: str) -> None:
     """Below 5.11 lift RLIMIT_MEMLOCK, which maps are charged to there; raises PermissionDeniedError."""
-    if kernel_version() >= (5, 11):
+    if not charges_memlock():
         return
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -77,6 +77,20 @@ class RuleTables:
             else:
                 inner.update(_trie_key(key), self._pack(entry.allow, entry.deny, key[-1]))
 
+    def read(self, index: int) -> CidrTable:
+        """Read a policy's rules back from its tries, expired ones too. Raises OSError, ValueError (too many)."""
+        entries: list[tuple[Key, Entry]] = []
+        for size in self._outer if index else ():
+            inner = self._inner(size, index)
+            for key in inner.keys():  # noqa: SIM118 - a Map is no dict
+                found = inner.lookup(key)
+                if found is not None:
+                    allow, deny, _ = self._rule.unpack(found[: self._rule.size])
+                    times = [self._clock.seconds(each) if each else 0.0 for each in (allow, deny)]
+                    length = int.from_bytes(key[:4], sys.byteorder)
+                    entries.append((key[4:] + bytes([length]), Entry(*times)))
+        return CidrTable.of(entries)
+
     def release(self, indices: list[int]) -> None:
         """Give back indices that no slot names any more: waits until no packet uses them, then empties them."""
         if not indices:
@@ -111,6 +125,9 @@ class RuleTables:
         """Put empty tries under the indices; waits for RCU once per family."""
         for outer in self._outer.values():
             tries = [Map.create(_trie_spec(outer)) for _ in indices]
+            for index, trie in zip(indices, tries, strict=True):
+                if index != FENCE_INDEX:
+                    outer.pin_inner(_word(index), trie)
             outer.update_batch(b"".join(map(_word, indices)), b"".join(_word(trie.fd) for trie in tries))
             for trie in tries:
                 trie.close()

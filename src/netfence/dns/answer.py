@@ -63,12 +63,13 @@ _NOTHING: Final[frozenset[bytes]] = frozenset()
 class Answer(NamedTuple):
     """An upstream's answer to one question.
 
-    `raw` is the message; its records without OPT are ``raw[start:end]`` with `counts` in the three sections (`end` is
-    0 when an OPT record stands in front of others and the message cannot be relayed as it is). `ttls` holds the offset
-    in `raw` and the value of every TTL in that stretch. `chain` holds the names that the question leads to (CNAME
-    targets, SVCB target names), without its own. `addresses` are the packed addresses of the question's type (or hints)
-    at a linked name, `ttl_s` the least TTL on the way to them. `special` are all special-purpose addresses anywhere in
-    the message. `life_s` is how long it may be cached, 0 for not at all. `received` is the monotonic time of arrival.
+    `raw` is the message, with every TTL above `MAX_TTL` written as 0; its records without OPT are ``raw[start:end]``
+    with `counts` in the three sections (`end` is 0 when an OPT record stands in front of others and the message cannot
+    be relayed as it is). `ttls` holds the offset in `raw` and the value of every TTL in that stretch. `chain` holds the
+    names that the question leads to (CNAME targets, SVCB target names), without its own. `addresses` are the packed
+    addresses of the question's type (or hints) at a linked name, none where the rcode is an error, `ttl_s` the least
+    TTL on the way to them. `special` are all special-purpose addresses anywhere in the message. `life_s` is how long it
+    may be cached, 0 for not at all. `received` is the monotonic time of arrival.
     """
 
     raw: bytes
@@ -135,6 +136,7 @@ class _Scanner:
         "_start",
         "_svcb_left",
         "_ttls",
+        "_void",
         "_work_left",
     )
 
@@ -147,6 +149,7 @@ class _Scanner:
         self._cnames: dict[str, tuple[str, int]] = {}  # owner: target, TTL
         self._found: list[_Found] = []
         self._ttls: list[tuple[int, int]] = []
+        self._void: list[int] = []  # offsets of TTLs greater than `MAX_TTL`
         self._special: set[bytes] = set()
         self._soa_s = _NONE
         self._answer_ttl = _NONE
@@ -204,13 +207,14 @@ class _Scanner:
             self._opt_at = begin
             self._opt_rcode = ttl >> 24
             return
+        if rclass != IN:
+            raise WireError("record of another class")  # some stub resolvers look at the type alone
         if ttl > MAX_TTL:
             ttl = 0
+            self._void.append(offset + 4)
         self._ttls.append((offset + 4, ttl))
         if answer and ttl < self._answer_ttl:
             self._answer_ttl = ttl
-        if rclass != IN:
-            return
         if (size := ADDRESS_LENGTH.get(rtype)) is not None:
             if length != size:
                 raise WireError("address of the wrong length")
@@ -230,8 +234,11 @@ class _Scanner:
             target, after = self._read_name(rdata)
             if after != end:
                 raise WireError("CNAME of the wrong length")
-            if answer and self._cnames.setdefault(owner, (target, ttl))[0] != target:
-                raise WireError("two CNAMEs for one name")
+            if answer:
+                known, least = self._cnames.get(owner, (target, ttl))
+                if known != target:
+                    raise WireError("two CNAMEs for one name")
+                self._cnames[owner] = (target, min(least, ttl))
         elif rtype in (SVCB, HTTPS):
             self._svcb_left -= end - rdata
             if self._svcb_left < 0:
@@ -252,7 +259,7 @@ class _Scanner:
         chain, linked, least = self._follow() if self._cnames else ((), (self._name,), MAX_TTL)
         addresses: dict[bytes, None] = {}  # in order, each once
         matched = False
-        for owner, ttl, found, target in self._found:
+        for owner, ttl, found, target in self._found if rcode == NOERROR else ():
             if owner in linked:
                 matched = True
                 least = min(least, ttl)
@@ -268,7 +275,7 @@ class _Scanner:
             counts = (counts[0], counts[1], counts[2] - 1)
         truncated = bool(flags & TC)
         return Answer(
-            self._data,
+            self._octets(),
             rcode,
             bool(flags & AD),
             truncated,
@@ -283,6 +290,15 @@ class _Scanner:
             0.0 if truncated else self._life(rcode, positive=matched or self._unread(counts)),
             received,
         )
+
+    def _octets(self) -> bytes:
+        """Return the message with the TTLs that count as 0 written as 0: who reads them as they came would wait."""
+        if not self._void:
+            return self._data
+        octets = bytearray(self._data)
+        for offset in self._void:
+            _LONG.pack_into(octets, offset, 0)
+        return bytes(octets)
 
     def _opt_length(self) -> int:
         length: int = _SHORT.unpack_from(self._data, self._opt_at + 9)[0]

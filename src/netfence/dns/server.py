@@ -1,7 +1,8 @@
 """The DNS server of one attachment: UDP and TCP on exactly one address and port.
 
-Owns the sockets and the fast path of UDP. What a query gets is `handler`'s to say, `tcp` frames messages on streams.
-This is the module that the daemon imports: the names in `__all__` are the package's interface.
+Owns the sockets and the fast path of UDP. What a query gets is `handler`'s to say, `tcp` frames messages on streams,
+`turns` shares the event loop among all servers. This is the module that the daemon imports: the names in `__all__` are
+the package's interface.
 """
 
 from __future__ import annotations
@@ -10,23 +11,33 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
+
+import structlog
 
 from netfence.dns.cache import SharedCache
 from netfence.dns.gate import Gate, ProxyAnswer
 from netfence.dns.handler import Handler
+from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY
 from netfence.dns.settings import DnsSettings
 from netfence.dns.tcp import TcpConnection
+from netfence.dns.turns import SLICE_S, Reader, Turns
 from netfence.dns.upstream import Resolver
+from netfence.dns.wire import HEADER_LEN
+from netfence.log import LogLimit
 
-__all__ = ["DnsServer", "DnsSettings", "Gate", "ProxyAnswer", "Resolver", "SharedCache"]
+__all__ = ["DnsServer", "DnsSettings", "Gate", "ProxyAnswer", "Resolver", "SharedCache", "Turns"]
 
 _BACKLOG = 64
+_MAX_DATAGRAM = 65_535
+_PREFIX = 2  # octets of the length before a message on a stream
 _SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h; Linux 5.0
+
+log = structlog.get_logger(__name__)
 
 
 class DnsServer:
-    """Serves one attachment's workload. `cache` and `resolver` are shared by all servers of the daemon.
+    """Serves one attachment's workload. `cache`, `resolver` and `turns` are shared by all servers of the daemon.
 
     `device` is the index of the interface by which the workload's queries arrive, 0 where that cannot be told. Bound
     to it, the server hears nobody else (semantics.md 20), and an answer to a forged source cannot leave the host by
@@ -42,12 +53,14 @@ class DnsServer:
         clock: Callable[[], float] = time.monotonic,
         *,
         device: int = 0,
+        turns: Turns | None = None,
     ) -> None:
         self._device = device
+        self._turns = Turns() if turns is None else turns
         self._sockets: tuple[socket.socket, ...] = ()
         self._handler = Handler(gate, settings, cache, resolver, clock)
-        self._udp: asyncio.DatagramTransport | None = None
-        self._tcp: asyncio.Server | None = None
+        self._readers: tuple[Reader, ...] = ()
+        self._listener: _Listener | None = None
         self._connections: set[TcpConnection] = set()
         self.port = 0
 
@@ -56,97 +69,215 @@ class DnsServer:
 
         Raises OSError as the kernel gave it; then nothing is bound, and it may be tried again.
         """
-        udp, tcp = self._sockets = _bind(address, port, self._device)
-        loop = asyncio.get_running_loop()
-        try:
-            self._udp, _ = await loop.create_datagram_endpoint(lambda: _Udp(self._handler), sock=udp)
-            self._tcp = await loop.create_server(self._connection, sock=tcp, backlog=_BACKLOG)
-        except BaseException:
-            self._unbind()
-            udp.close()
-            tcp.close()
-            raise
+        udp, tcp = _bind(address, port, self._device)
+        self._sockets = (udp, tcp)
         self.port = udp.getsockname()[1]
+        self._listener = _Listener(tcp, self._connection, self._connections)
+        self._readers = (
+            Reader(self._handler, udp, _Udp(udp, self._handler).take, self._turns),
+            Reader(self._handler, tcp, self._listener.take, self._turns),
+        )
 
     def use_device(self, device: int) -> None:
         """Serve what arrives by another interface from now on (a bridge took it in, or let it go); raises OSError."""
         self._device = device
-        if self._udp is not None:
+        if self._readers:
             for sock in self._sockets:
                 sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, device)
 
     async def close(self) -> None:
         """Stop serving for good: sockets first, then the queries that still wait."""
-        self._unbind()
+        for reader in self._readers:
+            reader.close()
+        self._readers = ()
+        listener, self._listener, self._sockets = self._listener, None, ()
+        if listener is not None:
+            await listener.settle()
         for connection in list(self._connections):
             connection.abort()
         await self._handler.close()
 
-    def _unbind(self) -> None:
-        if self._udp is not None:
-            self._udp.close()
-            self._udp = None
-        if self._tcp is not None:
-            self._tcp.close()
-            self._tcp = None
-
     def _connection(self) -> TcpConnection:
-        return TcpConnection(self._handler, self._connections)
+        return _Stream(self._handler, self._connections, self._turns)
 
 
-class _Udp(asyncio.DatagramProtocol):
-    """Datagrams in, datagrams out."""
+class _Udp:
+    """Datagrams in, datagrams out.
 
-    def __init__(self, handler: Handler) -> None:
+    What the socket does not take at once is not sent: nothing is kept for a workload that asks more than it reads.
+    """
+
+    def __init__(self, sock: socket.socket, handler: Handler) -> None:
+        self._sock = sock
         self._handler = handler
         self._hot = handler.hot
         self._clock = handler.clock
         self._gate = handler.gate
         self._unlimited = handler.bucket is None
-        self._transport: asyncio.DatagramTransport | None = None
-        self._sendto: Callable[[bytes, Any], None] = _nowhere
+        self._held: tuple[bytes, Any] | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep what sends."""
-        # Not isinstance: uvloop's transport is none of asyncio's classes.
-        self._transport = cast(asyncio.DatagramTransport, transport)
-        self._sendto = self._transport.sendto
+    def take(self, until: float) -> bool:
+        """Answer what is here, one datagram at least, until the time given; True when more is."""
+        receive, now, answer = self._sock.recvfrom, time.monotonic, self._answer
+        held, self._held = self._held, None
+        if held is not None:
+            answer(*held)
+        while True:
+            try:
+                data, address = receive(_MAX_DATAGRAM)
+            except BlockingIOError:
+                return False
+            if now() > until:
+                self._held = (data, address)
+                return True
+            answer(data, address)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Drop answers that come after the end."""
-        self._transport = None
-        self._sendto = _nowhere
-
-    def pause_writing(self) -> None:
-        """Drop answers while the workload does not take them: it asks more than it reads; nothing is kept for it."""
-        self._sendto = _nowhere
-
-    def resume_writing(self) -> None:
-        """Answer again."""
-        if self._transport is not None:
-            self._sendto = self._transport.sendto
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:  # noqa: ANN401 - 2- or 4-tuple, opaque to us
+    def _answer(self, data: bytes, address: Any) -> None:  # noqa: ANN401 - 2- or 4-tuple, opaque to us
         """Answer one datagram. This is `Handler.ready` written out, for its speed (tests/perf/dns_bench.py)."""
         entry = self._hot.get(data[2:])
         if entry is not None and self._unlimited and entry.generation == self._gate.generation:
             now = self._clock()
             if now < entry.fresh_until or entry.current(now):
                 self._gate.note_query(entry.allowed)
-                self._sendto(data[:2] + entry.body, addr)
+                self._send(data[:2] + entry.body, address)
                 return
         elif entry is not None and (body := self._handler.ready(data)) is not None:
-            self._sendto(body, addr)
+            self._send(body, address)
             return
-        self._handler.take(data, lambda reply: self._sendto(reply, addr), tcp=False)
+        self._handler.take(data, lambda reply: self._send(reply, address), tcp=False)
+
+    def _send(self, reply: bytes, address: Any) -> None:  # noqa: ANN401 - as above
+        try:
+            self._sock.sendto(reply, address)
+        except OSError:
+            """Closed, full, or no way to the client."""
 
 
-def _nowhere(_data: bytes, _addr: Any) -> None:  # noqa: ANN401 - as above
-    """Send nothing: the socket is closed or full."""
+class _Stream(TcpConnection):
+    """A connection whose messages are answered in slices: the loop reads 256 kB of it at once, thousands of queries."""
+
+    def __init__(self, handler: Handler, open_connections: set[TcpConnection], turns: Turns) -> None:
+        super().__init__(handler, open_connections)
+        self._turns = turns
+        self._backlog = False  # it waits for its turn
+
+    def _work(self) -> None:
+        """Hand complete messages to the handler for a slice, as far as the bounds allow."""
+        if not self._backlog:
+            began = time.monotonic()
+            self._backlog = self._slice()
+            self._turns.note(self._handler, began)
+            if self._backlog:
+                self._turns.join(self._handler, self._go_on)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Read on, or wait, or end, after a slice."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._full or self._backlog or self._answering >= MAX_TCP_PIPELINE:
+            self._transport.pause_reading()
+        elif not self._ended:
+            self._transport.resume_reading()
+        elif not self._answering:
+            self._transport.close()
+
+    def eof_received(self) -> bool:
+        """Let what is waiting be answered, then close."""
+        return super().eof_received() or self._backlog or self._full
+
+    def _go_on(self) -> bool:
+        self._backlog = self._slice()
+        if not self._backlog:
+            self._settle()
+        return self._backlog
+
+    def _slice(self) -> bool:
+        """Take messages for a slice, one at least where there is one; True when there is another."""
+        until = 0.0
+        while (message := self._next()) is not None:
+            if until and time.monotonic() > until:
+                return True
+            until = until or time.monotonic() + SLICE_S
+            del self._buffer[: _PREFIX + len(message)]
+            self._progress = asyncio.get_running_loop().time()
+            self._message(message)
+        return False
+
+    def _next(self) -> bytes | None:
+        """Return the next complete message, which stays in the buffer; None when none may be taken."""
+        buffer = self._buffer
+        if self._transport is None or self._full or self._answering >= MAX_TCP_PIPELINE or len(buffer) < _PREFIX:
+            return None
+        length = buffer[0] << 8 | buffer[1]
+        if not HEADER_LEN <= length <= MAX_TCP_QUERY:
+            self._transport.abort()
+            return None
+        return bytes(buffer[_PREFIX : _PREFIX + length]) if len(buffer) >= _PREFIX + length else None
+
+
+class _Listener:
+    """Connections in: those beyond `MAX_TCP_CONNECTIONS` are closed at once.
+
+    Not the loop's own server, which takes all that are waiting in one go, and which an error of accept(2) ends for
+    good, without a word (uvloop 0.23).
+    """
+
+    def __init__(self, sock: socket.socket, make: Callable[[], TcpConnection], taken: set[TcpConnection]) -> None:
+        self._sock, self._make, self._taken = sock, make, taken
+        self._held: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures = LogLimit()
+
+    def take(self, until: float) -> bool:
+        """Accept what is here, one connection at least, until the time given; True when more is."""
+        held, self._held = self._held, None
+        if held is not None:
+            self._welcome(held)
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if self._failures.due(time.monotonic()):
+                    log.warning("dns_accept_failed", error=str(error), since_start=self._failures.count)
+                raise
+            if time.monotonic() > until:
+                self._held = sock
+                return True
+            self._welcome(sock)
+
+    def _welcome(self, sock: socket.socket) -> None:
+        if max(len(self._taken), len(self._tasks)) >= MAX_TCP_CONNECTIONS:  # `TcpConnection` counts them exactly
+            sock.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(sock), name="dns-accept")
+        self._tasks.add(task)
+        task.add_done_callback(self._served)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._make, sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None and self._failures.due(time.monotonic()):
+            log.warning("dns_accept_failed", error=repr(failure), since_start=self._failures.count)
+
+    async def settle(self) -> None:
+        """Wait for the connections that are being taken in; nothing is accepted any more."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def _bind(address: str, port: int, device: int) -> tuple[socket.socket, socket.socket]:
-    """Return a UDP and a TCP socket bound to the same address, port and device; raises OSError, leaves none open."""
+    """Return UDP socket and TCP listener on the same address, port and device; raises OSError, leaves none open."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     tcp = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -159,8 +290,10 @@ def _bind(address: str, port: int, device: int) -> tuple[socket.socket, socket.s
                 sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, device)
         # A restart must not wait for old connections in TIME_WAIT; listeners still exclude each other.
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         udp.bind((address, port))
         tcp.bind((address, udp.getsockname()[1]))
+        tcp.listen(_BACKLOG)
     except BaseException:
         udp.close()
         tcp.close()

@@ -120,10 +120,15 @@ class TcpConnection(asyncio.Protocol):
         if self._transport is None:
             return
         self._write(reply)
-        if self._ended and not self._answering and not self._buffer:
+        if self._ended and not self._answering and not self._is_whole():
             self._transport.close()
         elif self._answering == MAX_TCP_PIPELINE - 1:
             asyncio.get_running_loop().call_soon(self._work)
+
+    def _is_whole(self) -> bool:
+        """Tell whether a whole message waits: of a client that sends no more, what is left else will never be one."""
+        buffer = self._buffer
+        return len(buffer) >= _PREFIX and len(buffer) >= _PREFIX + (buffer[0] << 8 | buffer[1])
 
     def _write(self, reply: bytes) -> None:
         if self._transport is not None:

@@ -104,6 +104,7 @@ class ControlPlaneProcess:
         self._numbers = itertools.count()
         self._answers: dict[int, Any] = {}
         self._changed = threading.Condition()
+        self._saying = threading.RLock()  # one thread at a time changes rules, and writes to the process
         self._process: Any = None
         self._link: Connection | None = None
         self._reader: threading.Thread | None = None
@@ -189,8 +190,9 @@ class ControlPlaneProcess:
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         number = next(self._numbers)
-        assert self._link is not None
-        self._link.send((number, method, arguments))
+        with self._saying:
+            assert self._link is not None
+            self._link.send((number, method, arguments))
         answer = self._wait(lambda: [self._answers.pop(number)] if number in self._answers else [], f"{method} to end")
         if isinstance(answer[0], Exception):
             raise answer[0]
@@ -214,9 +216,10 @@ class ControlPlaneProcess:
     # -- how it answers ------------------------------------------------------------------------------------------------
 
     def _rule(self, **rules: Any) -> None:
-        self._rules.update(rules)
-        if self.running:
-            self._ask("rules", rules=self._rules)
+        with self._saying:
+            self._rules.update(rules)
+            if self.running:
+                self._ask("rules", rules=self._rules)
 
     def on_open(self, *commands: Command) -> None:
         """Send these as soon as a stream is open, before anything is read."""
@@ -231,15 +234,19 @@ class ControlPlaneProcess:
     ) -> None:
         """Answer Subscribed with these, under its id where a command has none; no commands: with silence.
 
-        Without `metadata` and `target` this replaces every rule; with them it comes before the others, for the targets
-        that have them.
+        Without `metadata` and `target` this replaces every rule; with them the rule for the same, and it comes before
+        the others, for the targets that have them.
         """
         rule = {
             "commands": [raw(command) for command in commands],
             "metadata": dict(metadata or {}), "target": target, "delay_s": delay_s,
         }  # fmt: skip
-        others = self._rules["on_subscribed"] if metadata or target else []
-        self._rule(on_subscribed=[rule, *others])
+        for_whom = (rule["metadata"], target)
+        with self._saying:
+            others = [
+                other for other in self._rules["on_subscribed"] if (other["metadata"], other["target"]) != for_whom
+            ]
+            self._rule(on_subscribed=[rule, *(others if any(for_whom) else [])])
 
     def refuse_streams(self, code: str = "OK", details: str = "") -> None:
         """End every new stream at once with this status."""
@@ -263,9 +270,10 @@ class ControlPlaneProcess:
 
     def flood(self, *commands: Command | bytes) -> None:
         """Send on the open stream as fast as the daemon takes it, and do not wait."""
-        assert self._link is not None
         packed = [raw(command) for command in commands]
-        self._link.send((next(self._numbers), "send", {"stream": self.stream, "commands": packed}))
+        with self._saying:
+            assert self._link is not None
+            self._link.send((next(self._numbers), "send", {"stream": self.stream, "commands": packed}))
 
     def end(self, code: str = "OK", details: str = "", stream: int | None = None) -> None:
         """End a stream (default: the open one) with a status."""

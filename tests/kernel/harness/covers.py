@@ -57,6 +57,7 @@ MODULES: Mapping[str, Covers] = {
     "test_atomic": Covers((TC,), _ALLOWLIST, ("ipv4",)),
     "test_atomic::test_a_replacement_that_fails_leaves_the_old_policy": Covers(modes=_LISTS),
     "test_big_packets": _TC,
+    "test_carry": Covers(),  # the maps alone
     "test_cgroup": _CGROUP,
     "test_cgroup::test_ipv4_mapped_destinations_are_judged_as_ipv4": Covers(families=("ipv6",)),
     "test_cgroup::test_mapped_unconnected_datagrams_are_judged_as_ipv4": Covers(families=("ipv6",)),

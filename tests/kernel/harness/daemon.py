@@ -187,6 +187,15 @@ class Netfenced:
         assert self._process is not None
         return self._process.pid
 
+    def descriptors(self) -> int:
+        """Count the daemon's open files."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))  # noqa: PTH208 - descriptors, not files
+
+    def memory_kb(self) -> int:
+        """Tell the daemon's resident memory."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
     def stop(self) -> int:
         """Ask it to end (SIGTERM); return its exit status."""
         assert self._process is not None
@@ -256,7 +265,7 @@ class Netfenced:
         """Read the attachment's counters from the pinned map."""
         layout = Layout.load(next((self.directory / "data").glob("layout-*.json")))
         spec = next(spec for spec in map_specs(layout, 1) if spec.name == "counters")
-        with closing(Map(obj_get(self.pins / "maps" / spec.name), spec)) as pinned:
+        with closing(Map(obj_get(next(self.pins.glob("maps-*")) / spec.name), spec)) as pinned:
             return CounterMap(pinned, layout).read(self.slot(attachment_id))
 
     def reasons(self, attachment_id: str) -> collections.Counter[Reason]:

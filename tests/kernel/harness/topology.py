@@ -11,12 +11,13 @@ Addresses are those reserved for documentation.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 from harness.netns import NetNs, veth
 from harness.packets import Shape
 from harness.tuntap import TunTap
-from harness.wire import Meter, PacketSender, Sender, Sniffer, Tag
+from harness.wire import Meter, PacketSender, Sender, Sniffer, Tag, arp_sentinel, on_harness_cpu
 
 # The way out of the host.
 UP_IF, INTERNET_IF = "up0", "eth0"
@@ -83,6 +84,7 @@ class Topology:
         self._sentinels = self._sender(self.host, UP_IF)
         self._sniffer = self._listen(self.internet, INTERNET_IF)
         self._sink: Sniffer | None = None
+        self._queued: set[str] = set()
 
     def _namespace(self, name: str) -> NetNs:
         namespace = NetNs(name)
@@ -212,12 +214,28 @@ class Topology:
         self.workloads.append(workload)
         return workload
 
+    def ignore(self, *lengths: int) -> None:
+        """Do not look at frames of these lengths (bytes) at the internet's end."""
+        self._sniffer.ignore(*lengths)
+
     def meter(self, workload: Workload | None = None) -> Meter:
         """Give what counts arrivals at the internet's end; for a bridged workload, at the sink."""
         if workload is not None and workload.bridged:
             assert self._sink is not None
             return Meter(self._sink, workload.sender)
+        if workload is not None and workload.host_if in self._queued and workload.netns is not None:
+            return Meter(self._sniffer, self._sentinels, functools.partial(self._pass_queue, workload))
         return Meter(self._sniffer, self._sentinels)
+
+    def queues(self, host_if: str) -> None:
+        """Note that an interface has XDP: what comes in by a veth then waits in a queue of its own."""
+        self._queued.add(host_if)
+
+    def _pass_queue(self, workload: Workload) -> None:
+        tag = Tag()
+        with contextlib.closing(Sniffer(self.host, workload.host_if)) as sniffer, on_harness_cpu():
+            workload.sender.send(arp_sentinel(tag))
+            sniffer.wait(tag)
 
     def arrived(self, workload: Workload, shape: Shape, destination: str, count: int = 3) -> int:
         """Send `count` packets of a shape from the workload and count those that arrive."""

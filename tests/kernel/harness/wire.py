@@ -4,10 +4,14 @@ A packet that must *not* arrive cannot be waited for. Instead a sentinel (an ARP
 follows the packets, and once it has arrived nothing that was before it can still come: a veth hands packets to the
 receiving CPU's queue, which is first in, first out, and every sender of the harness stays on one CPU (`harness_cpu`).
 No sleep, no guess: a sentinel that does not arrive is an error of its own (`LostSentinelError`).
+
+Packets that native XDP has seen on a veth come by another queue than the sentinel behind the fence: it is sent only
+after one that followed them has come through that (`barrier`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -27,6 +31,8 @@ ETH_P_ALL = 3
 ETH_P_ARP = 0x0806
 SOL_PACKET = 263
 PACKET_IGNORE_OUTGOING = 23
+SO_ATTACH_FILTER = 26
+BPF_LD_LEN, BPF_JEQ, BPF_RET = 0x80, 0x15, 0x06  # of classic BPF, see linux/bpf_common.h
 RECEIVE_BUFFER = 8 << 20  # bytes: thousands of small frames between two reads
 TIMEOUT_S = 5.0 * SLOWNESS
 BROADCAST = b"\xff" * 6
@@ -118,6 +124,17 @@ class Sniffer:
         self._socket.bind((ifname, ETH_P_ALL))
         self._socket.setblocking(False)  # the socket module's own signature
 
+    def ignore(self, *lengths: int) -> None:
+        """Take no more frames of these lengths (bytes): a flood of them cannot fill the buffer between two reads."""
+        steps = [_step(BPF_LD_LEN, 0)]
+        for left, length in zip(range(len(lengths), 0, -1), lengths, strict=True):
+            steps.append(_step(BPF_JEQ, length, when=left))
+        steps += [_step(BPF_RET, 0xFFFF), _step(BPF_RET, 0)]
+        program = ctypes.create_string_buffer(b"".join(steps))
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(steps), ctypes.addressof(program))
+        )
+
     def frames(self, until: Callable[[bytes], bool], timeout_s: float = TIMEOUT_S) -> Iterator[bytes]:
         """Give every frame up to and with the first for which `until` is true; TimeoutError if none comes in time."""
         deadline = time.monotonic() + timeout_s
@@ -149,6 +166,11 @@ class Sniffer:
         self._socket.close()
 
 
+def _step(code: int, operand: int, when: int = 0) -> bytes:
+    """Encode one instruction of classic BPF, which skips `when` others if its comparison is true."""
+    return struct.pack("HBBI", code, when, 0, operand)
+
+
 def arp_sentinel(tag: Tag) -> bytes:
     """Build a broadcast ARP request that nobody answers, with the tag behind it."""
     body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + tag.mac + bytes(4) + bytes(6) + bytes(4)
@@ -158,15 +180,18 @@ def arp_sentinel(tag: Tag) -> bytes:
 class Meter:
     """Counts how many packets of a tag have come out, when the sending is over.
 
-    `sentinel` sends frames towards the sniffer by a way that always passes: behind the fence, or through it.
+    `sentinel` sends frames towards the sniffer by a way that always passes: behind the fence, or through it. `barrier`
+    returns when all that was sent before is as far as where the sentinel begins.
     """
 
-    def __init__(self, sniffer: Sniffer, sentinel: Sender) -> None:
+    def __init__(self, sniffer: Sniffer, sentinel: Sender, barrier: Callable[[], None] = lambda: None) -> None:
         self._sniffer = sniffer
         self._sentinel = sentinel
+        self._barrier = barrier
 
     def arrived(self, tag: Tag) -> int:
         """Count the packets with `tag` among everything sent from the harness's CPU until now."""
+        self._barrier()
         end = Tag()
         with on_harness_cpu():
             self._sentinel.send(arp_sentinel(end))

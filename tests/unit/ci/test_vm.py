@@ -5,7 +5,10 @@ Real guests that crash, hang and do not boot are in tests/kernel/test_vm_outcome
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,11 +37,12 @@ class Scene:
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(vm, "kvm_works", lambda: False)
 
-    def play(self, guest: str, *command: str, **limits: float) -> Ended:
+    def play(self, guest: str, *command: str, images: Mapping[Path, Path] | None = None, **limits: float) -> Ended:
         """Run `command` in a machine whose boot is `guest`, where $RUN starts what the guest is to run."""
         run = f"sh {shlex.quote(str(self.share / 'run.sh'))}"
         self._monkeypatch.setattr(vm, "_boot", lambda *_, **__: ["sh", "-c", guest.replace("$RUN", run)])
-        return vm.run(Machine(KERNEL, **limits), command, self.share, env={"GREETING": "it's"}, tell=self.told.append)  # type: ignore[arg-type]
+        machine = Machine(KERNEL, **limits)  # type: ignore[arg-type]
+        return vm.run(machine, command, self.share, env={"GREETING": "it's"}, images=images, tell=self.told.append)
 
 
 @pytest.fixture
@@ -46,10 +50,12 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     # What run.sh does to the guest's own mounts and modules would be done to this machine.
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("mountpoint", "modprobe", "sync"):
-        (tools / name).write_text("#!/bin/sh\n")
+    for name in ("mount", "mountpoint", "modprobe", "sync"):
+        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {shlex.quote(str(tools))}/done\n')
         (tools / name).chmod(0o755)
     monkeypatch.setattr(vm, "BIN", tools)
+    monkeypatch.setattr(vm, "NEW_ROOT", tools / "new_root")
+    (tools / "new_root").write_text(f"echo new root >> {shlex.quote(str(tools))}/done\n")
     return Scene(tmp_path / "share", monkeypatch)
 
 
@@ -60,6 +66,48 @@ def test_output_streams_and_the_status_comes_back(scene: Scene) -> None:
     assert (ended.outcome, ended.status) == (Outcome.PASSED, 0)
     assert scene.told == ["it's 1", "no newline"]
     assert (scene.share / "kept").read_text() == "kept\n"
+
+
+def test_images_are_mounted_over_their_directories_before_the_command(scene: Scene, tmp_path: Path) -> None:
+    done = shlex.quote(str(vm.BIN / "done"))
+    images = {Path("/opt/it's here"): tmp_path / "0.ext4", Path("/srv"): tmp_path / "1.ext4"}
+    assert scene.play("$RUN", "sh", "-c", f"echo command >> {done}", images=images).outcome is Outcome.PASSED
+    assert (vm.BIN / "done").read_text().splitlines() == [
+        "mountpoint -q /sys/fs/bpf",
+        "modprobe -a loop ext4",
+        f"mount --rbind {vm.ROOT} {vm.ROOT}",
+        f"mount -o loop,ro,noatime {tmp_path}/0.ext4 /opt/it's here",
+        f"mount -o loop,ro,noatime {tmp_path}/1.ext4 /srv",
+        "new root",
+        "modprobe tun",
+        "command",
+        "sync ",
+    ]
+
+
+def test_an_image_has_what_the_directory_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub" / "file").write_bytes(b"x" * 5_000_000)
+    (tree / "link").symlink_to("sub/file")
+    for number in range(3_000):  # more inodes than a file system of this size has by default
+        (tree / "sub" / str(number)).write_text(str(number))
+    made = tmp_path / "made.ext4"
+    made.write_text("an older one")
+    assert vm.image(tree, made) == made
+    back = tmp_path / "back"
+    back.mkdir()
+    subprocess.run(["debugfs", "-R", f"rdump / {back}", str(made)], check=True, capture_output=True)
+    assert (back / "link").readlink() == Path("sub/file")
+    assert {each.name: each.read_bytes() for each in (back / "sub").iterdir()} == {
+        each.name: each.read_bytes() for each in (tree / "sub").iterdir()
+    }
+
+
+def test_no_image_is_made_of_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        vm.image(tmp_path / "nowhere", tmp_path / "made.ext4")
 
 
 def test_a_failed_command_is_no_lost_guest(scene: Scene) -> None:

@@ -26,8 +26,8 @@ def no_mirror(_kernel: Kernel) -> Installed:
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(vm_tests, "JUNIT", tmp_path / "junit")
     monkeypatch.setattr(vm_tests, "SHARES", tmp_path / "vm")
-    monkeypatch.setattr(vm_tests, "compile_tests", lambda: None)
-    monkeypatch.setattr(vm_tests, "images_of_python", dict)
+    monkeypatch.setattr(vm_tests, "compiled_tests", lambda _marked: ["tests/kernel/test_verdict.py"])
+    monkeypatch.setattr(vm_tests, "images_of_programs", dict)
     monkeypatch.setattr(sys, "argv", ["vm_tests.py", "6.1"])
     return tmp_path / "junit"
 

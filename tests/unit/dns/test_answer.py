@@ -63,6 +63,13 @@ def test_addresses_linked_by_the_chain_in_any_order() -> None:
     assert (answer.chain, answer.ttl_s, answer.life_s, answer.received) == (("b.net", "c.net"), 20, 1.0, 5.0)
 
 
+def test_of_a_cname_that_is_there_twice_the_least_ttl_counts() -> None:
+    chain = "a.org. {} IN CNAME b.net.\n"
+    for first, second in ((300, 20), (20, 300)):
+        zone = chain.format(first) + chain.format(second) + f"b.net. 100 IN A {PUBLIC}\n"
+        assert scanned(build(zone)).ttl_s == 20
+
+
 def test_only_the_question_s_type_is_taken() -> None:
     zone = f"a.org. 60 IN A {PUBLIC}\na.org. 60 IN AAAA {PUBLIC6}\n"
     assert scanned(build(zone)).addresses == packed(PUBLIC)
@@ -149,6 +156,37 @@ def test_a_ttl_with_the_top_bit_is_0() -> None:
     data = build(f"a.org. 60 IN A {PUBLIC}")
     at = data.index(struct.pack("!I", 60))
     assert scanned(data[:at] + b"\x80\0\0\1" + data[at + 4 :]).ttl_s == 0
+
+
+@pytest.mark.parametrize(("qtype", "records"), [("A", f"A {PUBLIC}"), ("HTTPS", f"1 x.org. ipv4hint={PUBLIC}")])
+def test_an_error_has_no_addresses(qtype: str, records: str) -> None:
+    zone = f"a.org. 60 IN {records if qtype == 'A' else 'HTTPS ' + records}"
+    assert scanned(build(zone, qtype=qtype), qtype=qtype).addresses == packed(PUBLIC)
+    for rcode in range(1, 16):
+        answer = scanned(build(zone, qtype=qtype, rcode=rcode), qtype=qtype)
+        assert (answer.rcode, answer.addresses, answer.chain, answer.life_s) == (rcode, (), (), 0.0)
+
+
+def test_a_ttl_with_the_top_bit_reaches_nobody() -> None:
+    data = build(f"a.org. 60 IN A {PUBLIC}\na.org. 70 IN A 93.184.216.35\n")
+    at = data.index(struct.pack("!I", 60))
+    answer = scanned(data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :])
+    assert [rr.ttl for rr in DNSRecord.parse(answer.raw).rr] == [0, 70]
+    assert [ttl for _, ttl in answer.ttls] == [0, 70]
+
+
+@pytest.mark.parametrize("section", ["answer", "authority", "additional"])
+def test_records_of_another_class_are_nobody_s_answer(section: str) -> None:
+    """A stub resolver that looks at the type alone (musl) would take the address, past the rebinding guard."""
+    at = {"answer": 0, "authority": 1, "additional": 2}[section]
+    sections = [f"a.org. 60 IN A {PUBLIC}\n", "", ""]
+    sections[at] += "a.org. 77 IN A 10.0.0.1\n"
+    data = build(sections[0], authority=sections[1], additional=sections[2])
+    assert scanned(data).special == set(packed("10.0.0.1"))
+    for rclass in (0, 2, 3, 4, 254, 255, 0x8001):
+        other = data.replace(struct.pack("!HI", 1, 77), struct.pack("!HI", rclass, 77))
+        with pytest.raises(WireError, match="class"):
+            scanned(other)
 
 
 def test_flags_and_the_extended_rcode() -> None:

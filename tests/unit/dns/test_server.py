@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from types import SimpleNamespace
+import time
 
 import pytest
 from dnslib import QTYPE, RR, DNSRecord
@@ -893,22 +893,51 @@ def test_a_start_that_failed_can_be_tried_again() -> None:
     run(go())
 
 
+class FullSocket:
+    """A socket with some datagrams to read, which takes none while it is full."""
+
+    def __init__(self, *datagrams: bytes) -> None:
+        self.waiting = list(datagrams)
+        self.sent: list[bytes] = []
+        self.full = False
+
+    def recvfrom(self, _size: int) -> tuple[bytes, tuple[str, int]]:
+        if not self.waiting:
+            raise BlockingIOError
+        return self.waiting.pop(0), ("127.0.0.1", 1)
+
+    def sendto(self, data: bytes, _address: object) -> None:
+        if self.full:
+            raise BlockingIOError
+        self.sent.append(data)
+
+
 def test_answers_are_dropped_not_kept_for_a_workload_that_does_not_take_them() -> None:
     async def go() -> None:
         async with world(policy(allow=["a.org"]), ZONE) as w:
             await w.ask("a.org")
-            sent: list[bytes] = []
-            transport = SimpleNamespace(sendto=lambda data, _addr: sent.append(data))
-            protocol = server_module._Udp(w.server._handler)
-            protocol.connection_made(transport)  # type: ignore[arg-type]
-            query = question("a.org", edns=1232)
-            protocol.datagram_received(query, ("127.0.0.1", 1))
-            protocol.pause_writing()
-            protocol.datagram_received(query, ("127.0.0.1", 1))
-            assert len(sent) == 1
-            protocol.resume_writing()
-            protocol.datagram_received(query, ("127.0.0.1", 1))
-            assert len(sent) == 2
+            sock = FullSocket()
+            udp = server_module._Udp(sock, w.server._handler)  # type: ignore[arg-type]
+            for full, sent in ((False, 1), (True, 1), (False, 2)):
+                sock.full = full
+                sock.waiting = [question("a.org", edns=1232)]
+                assert not udp.take(time.monotonic() + 1)
+                assert len(sock.sent) == sent
+
+    run(go())
+
+
+def test_a_slice_that_is_over_keeps_what_it_has_read_for_the_next() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            await w.ask("a.org")
+            sock = FullSocket(*[question("a.org", edns=1232, ident=ident) for ident in range(5)])
+            udp = server_module._Udp(sock, w.server._handler)  # type: ignore[arg-type]
+            answered = []
+            while udp.take(until=0.0):
+                answered.append(len(sock.sent))
+            assert answered == [0, 1, 2, 3, 4]
+            assert [reply[:2] for reply in sock.sent] == [bytes((0, ident)) for ident in range(5)]
 
     run(go())
 

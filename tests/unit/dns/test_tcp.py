@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 import struct
 
 import pytest
 from dnslib import DNSRecord
+from structlog.testing import capture_logs
 from tests.unit.dns.world import (
     PUBLIC,
     World,
@@ -20,8 +24,10 @@ from tests.unit.dns.world import (
     world,
 )
 
+from netfence.dns import server as server_module
 from netfence.dns import tcp as tcp_module
-from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY
+from netfence.dns import turns as turns_module
+from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY, TCP_IDLE_S
 from netfence.dns.tcp import TcpConnection
 
 ZONE = f"a.org. 300 IN A {PUBLIC}\n"
@@ -74,17 +80,18 @@ def test_a_query_in_single_octets_is_answered() -> None:
     run(go())
 
 
-def test_a_half_closed_connection_still_gets_its_answers() -> None:
+@pytest.mark.parametrize("rest", [b"", b"\0", framed(question("a.org"))[:-1]], ids=["nothing", "prefix", "partial"])
+def test_a_half_closed_connection_still_gets_its_answers(rest: bytes) -> None:
     async def go() -> None:
         async with world(policy(allow=["a.org"]), ZONE) as w:
             w.upstream.hold = asyncio.Event()
             reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
-            writer.write(framed(question("a.org")))
+            writer.write(framed(question("a.org")) + rest)
             writer.write_eof()
             await until(lambda: bool(w.upstream.seen))
             w.upstream.hold.set()
             assert addresses(DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))) == [PUBLIC]
-            assert await reader.read() == b""
+            assert await asyncio.wait_for(reader.read(), TCP_IDLE_S / 2) == b""
             writer.close()
 
     run(go())
@@ -158,6 +165,103 @@ def test_a_client_that_does_not_read_is_bounded_and_closed(monkeypatch: pytest.M
             assert transport is not None
             assert transport.get_write_buffer_size() < 131_072 + MAX_TCP_PIPELINE * 65_537
             await until(lambda: not connections(w))
+            writer.close()
+
+    run(go())
+
+
+@pytest.fixture
+def one_message_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SLICE_S", 0.0)
+
+
+async def count_turns(turns: list[int]) -> None:
+    while True:
+        await asyncio.sleep(0)
+        turns.append(1)
+
+
+@pytest.mark.usefixtures("one_message_a_slice")
+def test_a_stream_of_ready_replies_leaves_the_loop_to_others_between_slices() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            await w.ask("a.org", edns=0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            total = 500
+            writer.write(framed(question("a.org")) * total)
+            turns: list[int] = []
+            counting = asyncio.ensure_future(count_turns(turns))
+            for _ in range(total):
+                assert addresses(DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))) == [PUBLIC]
+            counting.cancel()
+            assert len(turns) >= total - 1
+            assert w.gate.counts[True] == total + 1
+            writer.close()
+
+    run(go())
+
+
+@pytest.mark.usefixtures("one_message_a_slice")
+def test_a_half_closed_stream_gets_the_answers_that_wait_for_their_turn() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            await w.ask("a.org", edns=0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            total = 100
+            writer.write(framed(question("a.org")) * total)
+            writer.write_eof()
+            for _ in range(total):
+                assert addresses(DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))) == [PUBLIC]
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            await until(lambda: not connections(w))
+
+    run(go())
+
+
+class NoDescriptorLeft:
+    """A listener that has nothing but an error, some times."""
+
+    def __init__(self, sock: socket.socket, times: int) -> None:
+        self._sock, self.left = sock, times
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._sock.accept()
+
+
+def test_connections_are_taken_again_when_there_are_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "PAUSE_S", 0.02)
+
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            listener = w.server._listener
+            assert listener is not None
+            listener._sock = without = NoDescriptorLeft(listener._sock, 3)  # type: ignore[assignment]
+            with capture_logs() as logs:
+                assert len(await tcp_exchange(w.server.port, question("a.org"))) == 1
+            assert without.left == 0
+            (told,) = (entry for entry in logs if entry["event"] == "dns_accept_failed")
+            assert "Too many open files" in told["error"]
+
+    run(go())
+
+
+def test_a_connection_that_waits_for_its_turn_is_closed_with_the_server() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            listener = w.server._listener
+            assert listener is not None
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            await until(lambda: bool(connections(w)))
+            ours, theirs = socket.socketpair()
+            listener._held = ours
+            with theirs:
+                await w.server.close()
+                assert theirs.recv(1) == b""
+            assert await asyncio.wait_for(reader.read(), 5) == b""
             writer.close()
 
     run(go())

@@ -1,0 +1,170 @@
+"""The event loop shared among the DNS servers, so that nobody's greed keeps the others waiting (semantics.md 26).
+
+A `Reader` answers what comes at once, as long as a slice lasts. Who has more waiting than that queues up in `Turns`,
+which gives one slice to one of them in each turn of the loop, in order: however many workloads ask more than we can
+answer, what comes for all others meanwhile is met between two slices. And while others ask too, those in the queue get
+no more than a share of the loop's time, whatever their queries cost later on: of what comes at any moment, more finds
+the loop idle than not. Knows nothing of what is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from netfence.log import LogLimit
+
+SLICE_S: Final = 0.00002
+"""How long one socket is read before others have their turn: some ready-made replies, or the begin of one long way. An
+answer from the cache takes the client as long, wake-ups included."""
+
+SHARE: Final = 0.3
+"""Of the loop's time, beyond which nothing of the queue is taken while others ask: two of three find the loop idle."""
+
+BURST_S: Final = 0.0005
+"""Time of the loop that may be saved up: what a rest brings."""
+
+DEBT_S: Final = 0.005
+"""Time of the loop that is not made up for: it was spent on what nobody in the queue can help."""
+
+REST_S: Final = 0.001
+"""How long the queue rests when its share is used up; the loop's timers are no finer."""
+
+STARVED_S: Final = 0.005
+"""How long the queue rests at most, however busy the loop is with others."""
+
+ASKING_S: Final = 0.25
+"""How long who has asked counts as asking: beyond it the queue may have all of the loop."""
+
+PAUSE_S: Final = 0.1
+"""How long a socket for which the kernel has nothing but errors (no descriptor left) is left alone."""
+
+log = structlog.get_logger(__name__)
+
+Work = Callable[[], bool]
+"""One slice of what waits; tells whether there is more."""
+
+
+class Turns:
+    """Who waits for a slice. One for all servers of an event loop; use it only there.
+
+    `clock` and `busy` are the time and the time that the loop's thread has worked, in seconds.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, busy: Callable[[], float] = time.thread_time
+    ) -> None:
+        self.clock = clock
+        self._busy_clock = busy
+        self._waiting: deque[tuple[object, Work]] = deque()
+        self._last: object = None  # who asked last without having to wait, and when
+        self._last_at = self._other_at = float("-inf")  # and when somebody else did
+        self._credit = self._at = self._busy = self._served = 0.0
+        self._worked_at = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def note(self, owner: object, began: float) -> None:
+        """Note that `owner` asked something without having to wait, and was served since `began`."""
+        if owner is not self._last:
+            self._last, self._other_at = owner, self._last_at
+        self._last_at = self.clock()
+        self._served += self._last_at - began
+
+    def join(self, owner: object, work: Work) -> None:
+        """Give `work` its slices, from the next turn of the loop on, until it says that nothing is left."""
+        self._waiting.append((owner, work))
+        if len(self._waiting) == 1:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        owner, work = self._waiting[0]
+        if self._has_to_rest(owner):
+            loop.call_later(REST_S, self._turn)
+            return
+        more = False
+        try:
+            more = work()
+        finally:
+            if more:
+                self._waiting.rotate(-1)
+            else:
+                self._waiting.popleft()
+            if self._waiting:
+                loop.call_soon(self._turn)
+
+    def _has_to_rest(self, owner: object) -> bool:
+        now, busy = self.clock(), self._busy_clock()
+        earned = SHARE * (now - self._at) - (busy - self._busy) + self._served
+        self._credit = max(min(self._credit + earned, BURST_S), -DEBT_S)
+        self._at, self._busy, self._served = now, busy, 0.0
+        others_at = self._other_at if owner is self._last else self._last_at
+        if now - others_at < ASKING_S and self._credit <= 0 and now - self._worked_at < STARVED_S:
+            return True
+        self._worked_at = now
+        return False
+
+
+class Reader:
+    """Reads a socket by `take`: it works until the time given (`Turns.clock`) and tells whether more is waiting.
+
+    Where `take` raises OSError, the socket is left alone for `PAUSE_S`.
+    """
+
+    def __init__(self, owner: object, sock: socket.socket, take: Callable[[float], bool], turns: Turns) -> None:
+        self._owner, self._sock, self._take, self._turns = owner, sock, take, turns
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._failures = LogLimit()
+        self._closed = False
+        self._watch()
+
+    def close(self) -> None:
+        """Read no more, and close the socket. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._sock.close()
+
+    def _watch(self) -> None:
+        self._timer = None
+        self._loop.add_reader(self._sock, self._readable)
+
+    def _readable(self) -> None:
+        began = self._turns.clock()
+        more = self._slice(began)
+        self._turns.note(self._owner, began)
+        if more and not self._closed:
+            self._loop.remove_reader(self._sock)
+            self._turns.join(self._owner, self._go_on)
+
+    def _go_on(self) -> bool:
+        """Have one slice of the backlog."""
+        if self._closed:
+            return False
+        more = self._slice(self._turns.clock())
+        if not more and self._timer is None and not self._closed:
+            self._watch()
+        return more
+
+    def _slice(self, now: float) -> bool:
+        try:
+            return self._take(now + SLICE_S)
+        except OSError:
+            self._loop.remove_reader(self._sock)
+            self._timer = self._loop.call_later(PAUSE_S, self._watch)
+        except Exception as error:
+            if self._failures.due(now):
+                log.exception("dns_socket_failed", error=repr(error), since_start=self._failures.count)
+        return False

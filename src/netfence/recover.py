@@ -1,0 +1,90 @@
+"""Attachments that the kernel still fences and the store does not know any more: rows made of what the kernel knows.
+
+A damaged or lost database takes no fence off. What was attached is attached again under its id, with the rules that are
+in force; names are allowed again when the control plane says so, unless something of the old row could be saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import structlog
+
+from netfence import policy_codec
+from netfence.dataplane.cgroups import find_cgroup
+from netfence.dataplane.target import resolve_interface
+from netfence.errors import NetfenceError, PreconditionError
+from netfence.kernel import Kernel, Remembered
+from netfence.policy.policy import Policy
+from netfence.store import Row
+
+GONE = "(gone)"
+
+log = structlog.get_logger(__name__)
+
+
+async def recover(plane: Kernel, names: Iterable[str], saved: Mapping[str, Row], boot_id: str) -> list[Row]:
+    """Make rows for these pinned attachments, with what is `saved` of their old ones.
+
+    Raises PreconditionError when the kernel does not know one of them either: its slot could be given to another.
+    """
+    known = await plane.remembered()
+    if unknown := sorted(set(names) - set(known)):
+        raise PreconditionError(
+            f"recover attachments: of {len(unknown)} that are pinned nothing is known ({unknown[0]} is one); they stay"
+            " in force; remove their pins under bpffs_dir to take them off"
+        )
+    return [await asyncio.to_thread(_row, name, known[name], saved.get(name), boot_id) for name in names]
+
+
+def _row(name: str, found: Remembered, saved: Row | None, boot_id: str) -> Row:
+    fixed, identity = found.fixed, found.identity
+    link_kind = ""
+    if fixed.cgroup:
+        target = find_cgroup(identity) or GONE
+    else:
+        target, link_kind = _interface(identity)
+    row = Row(
+        id=name,
+        slot=found.slot,
+        kind="cgroup" if fixed.cgroup else "interface",
+        name=target,
+        identity=str(identity),
+        link_kind=link_kind,
+        direction="host" if fixed.host_direction else "workload",
+        hook="cgroup" if fixed.cgroup else "xdp" if found.xdp else "tc",
+        mechanism="cgroup-link" if fixed.cgroup else "xdp" if found.xdp else "tc",
+        dns_host=str(ipaddress.ip_address(fixed.dns_address)),
+        dns_port=fixed.dns_port,
+        boot_id=boot_id,
+        attached_at=found.since,
+        acked=False,
+    )
+    policy = found.policy
+    if saved is not None:
+        kept = ("metadata", "mechanism", "attached_at", "policy_version", "dns_allowed", "dns_blocked")
+        row = replace(row, **{one: getattr(saved, one) for one in kept})
+        policy = replace(policy, dns=_decoded(saved, policy).dns)
+    text = policy_codec.encode(policy, policy_codec.Clock.now())
+    lost = "nothing" if saved is not None else "metadata, names"
+    log.error("recovered", attachment=name, target=target, slot=row.slot, rules=len(policy.cidrs), lost=lost)
+    return replace(row, policy=text)
+
+
+def _interface(index: int) -> tuple[str, str]:
+    try:
+        interface = resolve_interface(socket.if_indextoname(index))
+    except (OSError, NetfenceError):
+        return GONE, ""
+    return interface.name, interface.kind
+
+
+def _decoded(saved: Row, otherwise: Policy) -> Policy:
+    try:
+        return policy_codec.decode(saved.policy or "", policy_codec.Clock.now())
+    except PreconditionError:
+        return otherwise

@@ -1,0 +1,253 @@
+"""Turns: nobody's backlog keeps the others waiting (semantics.md 26)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from structlog.testing import capture_logs
+from tests.unit.dns.world import Clock, run, until
+
+from netfence.dns import turns as turns_module
+from netfence.dns.turns import ASKING_S, BURST_S, DEBT_S, REST_S, SHARE, SLICE_S, STARVED_S, Reader, Turns
+
+MINE, THEIRS = "mine", "theirs"
+
+
+class Bench:
+    """Turns on clocks that the test moves."""
+
+    def __init__(self) -> None:
+        self.clock, self.busy = Clock(), Clock()
+        self.turns = Turns(self.clock, self.busy)
+        self.done: list[str] = []
+
+    def work(self, name: str, slices: int, cost_s: float = 0.0) -> Callable[[], bool]:
+        """Return work of so many slices, each of which takes so much of the loop's time."""
+        left = iter(range(slices - 1, -1, -1))
+
+        def work() -> bool:
+            self.done.append(name)
+            self.clock.now += cost_s
+            self.busy.now += cost_s
+            return next(left) > 0
+
+        return work
+
+    def rests(self, owner: object = MINE) -> bool:
+        return self.turns._has_to_rest(owner)
+
+
+def test_who_waits_gets_one_slice_a_turn_in_order_and_others_are_served_between() -> None:
+    async def go() -> None:
+        bench = Bench()
+        bench.turns.join(MINE, bench.work("a", 3))
+        bench.turns.join(THEIRS, bench.work("b", 2))
+        for count in range(1, 6):
+            await asyncio.sleep(0)
+            assert len(bench.done) == count
+        assert bench.done == ["a", "b", "a", "b", "a"]
+        assert len(bench.turns) == 0
+        bench.turns.join(MINE, bench.work("again", 1))
+        await asyncio.sleep(0)
+        assert bench.done[-1] == "again"
+
+    run(go())
+
+
+def test_work_that_fails_is_dropped_and_the_others_go_on() -> None:
+    async def go() -> None:
+        bench = Bench()
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+
+        def fail() -> bool:
+            raise ValueError("a bug")
+
+        bench.turns.join(MINE, fail)
+        bench.turns.join(THEIRS, bench.work("b", 2))
+        await until(lambda: bench.done == ["b", "b"])
+        assert [str(error) for error in told] == ["a bug"]
+
+    run(go())
+
+
+def test_alone_the_queue_has_all_of_the_loop() -> None:
+    bench = Bench()
+    for _ in range(100):
+        bench.turns.note(MINE, bench.clock.now)
+        assert not bench.rests()
+        bench.clock.now += SLICE_S
+        bench.busy.now += SLICE_S
+
+
+@pytest.mark.parametrize("asks_first", [MINE, THEIRS])
+def test_while_others_ask_the_queue_has_its_share(asks_first: str) -> None:
+    bench = Bench()
+    assert not bench.rests()
+    worked_s = 0.0
+    began = bench.clock.now
+    while bench.clock.now < began + 1:
+        for owner in (asks_first, THEIRS, MINE):
+            bench.turns.note(owner, bench.clock.now)
+        if bench.rests():
+            bench.clock.now += REST_S
+        else:
+            bench.clock.now += SLICE_S
+            bench.busy.now += SLICE_S
+            worked_s += SLICE_S
+    assert worked_s == pytest.approx(SHARE, abs=0.02)
+
+
+def test_what_others_had_served_is_not_the_queue_s_time() -> None:
+    bench = Bench()
+    bench.rests()
+    worked_s = 0.0
+    began = bench.clock.now
+    while bench.clock.now < began + 1:
+        served_since = bench.clock.now
+        bench.clock.now += 2 * SLICE_S
+        bench.busy.now += 2 * SLICE_S
+        bench.turns.note(THEIRS, served_since)
+        if not bench.rests():
+            bench.clock.now += SLICE_S
+            bench.busy.now += SLICE_S
+            worked_s += SLICE_S
+    assert worked_s == pytest.approx(SHARE, abs=0.02)
+
+
+def test_the_queue_starves_for_no_longer_than_told_however_busy_the_loop_is() -> None:
+    bench = Bench()
+    bench.turns.note(THEIRS, bench.clock.now)
+    assert not bench.rests()
+    bench.busy.now += 1
+    rested_s = 0.0
+    while bench.rests():
+        bench.clock.now += REST_S
+        bench.busy.now += REST_S
+        rested_s += REST_S
+    assert rested_s == pytest.approx(STARVED_S, abs=REST_S)
+
+
+def test_neither_credit_nor_debt_grow_without_bound() -> None:
+    bench = Bench()
+    bench.rests()
+    bench.clock.now += 100
+    bench.rests()
+    assert bench.turns._credit == BURST_S
+    bench.busy.now += 100
+    bench.rests()
+    assert bench.turns._credit == -DEBT_S
+
+
+def test_who_asked_long_ago_is_waited_for_no_more() -> None:
+    bench = Bench()
+    bench.turns.note(THEIRS, bench.clock.now)
+    bench.turns.note(MINE, bench.clock.now)
+    bench.rests()
+    bench.busy.now += 1
+    assert bench.rests()
+    bench.clock.now += ASKING_S
+    assert not bench.rests()
+
+
+# ------------------------------------------------------------------------------------------------ readers
+
+
+@contextmanager
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_reader_with_a_backlog_waits_for_its_turns_and_watches_again() -> None:
+    async def go() -> None:
+        turns, got = Turns(), []
+        with pair() as (ours, theirs):
+
+            def take(_until: float) -> bool:  # one datagram a slice
+                try:
+                    got.append(ours.recv(1))
+                except BlockingIOError:
+                    return False
+                return True
+
+            reader = Reader(MINE, ours, take, turns)
+            for count in (3, 6):
+                for octet in b"abc":
+                    theirs.send(bytes([octet]))
+                await until(lambda count=count: len(got) == count and not len(turns))  # type: ignore[misc]
+            assert b"".join(got) == b"abcabc"
+            reader.close()
+            reader.close()
+            assert ours.fileno() == -1
+
+    run(go())
+
+
+def test_a_socket_that_gives_errors_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "PAUSE_S", 0.05)
+
+    async def go() -> None:
+        tries: list[float] = []
+        with pair() as (ours, theirs):
+
+            def take(_until: float) -> bool:
+                tries.append(asyncio.get_running_loop().time())
+                if len(tries) < 3:
+                    raise OSError(24, "Too many open files")
+                ours.recv(1)
+                return False
+
+            reader = Reader(MINE, ours, take, Turns())
+            theirs.send(b"x")
+            await until(lambda: len(tries) == 3)
+            assert min(after - before for before, after in itertools.pairwise(tries)) > 0.03
+            reader.close()
+
+    run(go())
+
+
+def test_a_bug_does_not_end_a_reader() -> None:
+    async def go() -> None:
+        got = []
+        with pair() as (ours, theirs), capture_logs() as logs:
+
+            def take(_until: float) -> bool:
+                got.append(ours.recv(1))
+                raise ValueError("a bug")
+
+            reader = Reader(MINE, ours, take, Turns())
+            for octet in (b"a", b"b"):
+                theirs.send(octet)
+                await until(lambda octet=octet: got[-1:] == [octet])  # type: ignore[misc]
+            assert [entry["event"] for entry in logs] == ["dns_socket_failed"]  # once, for both
+            reader.close()
+
+    run(go())
+
+
+def test_a_reader_that_is_closed_while_it_waits_is_over() -> None:
+    async def go() -> None:
+        turns, slices = Turns(), []
+        with pair() as (ours, theirs):
+
+            def take(_until: float) -> bool:
+                slices.append(1)
+                return True
+
+            reader = Reader(MINE, ours, take, turns)
+            theirs.send(b"x")
+            await until(lambda: len(slices) > 1)
+            reader.close()
+            count = len(slices)
+            await until(lambda: not len(turns))
+            assert len(slices) == count
+
+    run(go())
