@@ -6,7 +6,7 @@ messages and back; a field that is new in daemon.proto is new here too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -16,6 +16,7 @@ HookWish = Literal["auto", "tc", "xdp"]
 DirectionWish = Literal["auto", "workload", "host"]
 HookKind = Literal["tc", "xdp", "cgroup"]
 Direction = Literal["workload", "host"]
+FlowVerdict = Literal["pass", "drop", "would_drop"]
 
 ANSWERED: Final = "netfence-version"
 """Key of the trailing metadata that every error made by a daemon carries. Tells it from one that a client's own gRPC
@@ -77,3 +78,50 @@ class StatusView:
     uptime_s: float
     kernel_release: str
     features: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowView:
+    """One decision about a packet or a DNS query: FlowEvent of daemon.proto, `time` in seconds since the epoch."""
+
+    time: float
+    id: str
+    kind: Literal["packet", "dns"]
+    verdict: FlowVerdict
+    reason: str
+    protocol: str = ""
+    source: str = ""
+    destination: str = ""
+    domain: str = ""
+    rule: str = ""
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedAddress:
+    """The verdict on one address; `lease_s` is how long its lease lives on, None without one."""
+
+    address: str
+    verdict: FlowVerdict
+    reason: str
+    rule: str = ""
+    lease_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExplanationView:
+    """What would happen to a name or an address, and why; `steps` are (kind, subject, text), as ExplainStep."""
+
+    subject: str
+    name_verdict: FlowVerdict | Literal[""] = ""
+    steps: Sequence[tuple[str, str, str]] = ()
+    addresses: Sequence[ExplainedAddress] = ()
+    remedies: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SuggestionView:
+    """A policy file made of what was seen, and how many packets it does not cover because they were not recorded."""
+
+    policy: str
+    missed: int

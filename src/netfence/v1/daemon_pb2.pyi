@@ -191,3 +191,63 @@ class FlowEvent(_message.Message):
     rule: str
     lost: int
     def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., id: _Optional[str] = ..., kind: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[str] = ..., protocol: _Optional[str] = ..., source: _Optional[str] = ..., destination: _Optional[str] = ..., domain: _Optional[str] = ..., rule: _Optional[str] = ..., lost: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("id", "subject")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    subject: str
+    def __init__(self, id: _Optional[str] = ..., subject: _Optional[str] = ...) -> None: ...
+
+class ExplainStep(_message.Message):
+    __slots__ = ("kind", "subject", "text")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    subject: str
+    text: str
+    def __init__(self, kind: _Optional[str] = ..., subject: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class ExplainVerdict(_message.Message):
+    __slots__ = ("address", "verdict", "reason", "rule", "lease")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    verdict: str
+    reason: str
+    rule: str
+    lease: _duration_pb2.Duration
+    def __init__(self, address: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[str] = ..., rule: _Optional[str] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("subject", "name_verdict", "steps", "addresses", "remedies")
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    NAME_VERDICT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    REMEDIES_FIELD_NUMBER: _ClassVar[int]
+    subject: str
+    name_verdict: str
+    steps: _containers.RepeatedCompositeFieldContainer[ExplainStep]
+    addresses: _containers.RepeatedCompositeFieldContainer[ExplainVerdict]
+    remedies: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, subject: _Optional[str] = ..., name_verdict: _Optional[str] = ..., steps: _Optional[_Iterable[_Union[ExplainStep, _Mapping]]] = ..., addresses: _Optional[_Iterable[_Union[ExplainVerdict, _Mapping]]] = ..., remedies: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SuggestRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class SuggestResponse(_message.Message):
+    __slots__ = ("policy", "missed")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    missed: int
+    def __init__(self, policy: _Optional[str] = ..., missed: _Optional[int] = ...) -> None: ...

@@ -61,6 +61,16 @@ class DaemonServiceStub:
                 request_serializer=netfence_dot_v1_dot_daemon__pb2.WatchRequest.SerializeToString,
                 response_deserializer=netfence_dot_v1_dot_daemon__pb2.FlowEvent.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/netfence.v1.DaemonService/Explain',
+                request_serializer=netfence_dot_v1_dot_daemon__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=netfence_dot_v1_dot_daemon__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.Suggest = channel.unary_unary(
+                '/netfence.v1.DaemonService/Suggest',
+                request_serializer=netfence_dot_v1_dot_daemon__pb2.SuggestRequest.SerializeToString,
+                response_deserializer=netfence_dot_v1_dot_daemon__pb2.SuggestResponse.FromString,
+                _registered_method=True)
 
 
 class DaemonServiceServicer:
@@ -106,6 +116,23 @@ class DaemonServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Tells what would happen now to a name or an address, and why, read from the kernel's tables. Changes nothing, opens
+        nothing; a name that is not in the cache is asked of the attachment's upstreams. NOT_FOUND for an unknown id,
+        INVALID_ARGUMENT for what is neither a name nor an address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Suggest(self, request, context):
+        """Writes the smallest allowlist policy that would have let through what was seen: names first, CIDRs for the rest.
+        FAILED_PRECONDITION where the attachment was never in audit mode. NOT_FOUND for an unknown id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DaemonServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -133,6 +160,16 @@ def add_DaemonServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=netfence_dot_v1_dot_daemon__pb2.WatchRequest.FromString,
                     response_serializer=netfence_dot_v1_dot_daemon__pb2.FlowEvent.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=netfence_dot_v1_dot_daemon__pb2.ExplainRequest.FromString,
+                    response_serializer=netfence_dot_v1_dot_daemon__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Suggest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Suggest,
+                    request_deserializer=netfence_dot_v1_dot_daemon__pb2.SuggestRequest.FromString,
+                    response_serializer=netfence_dot_v1_dot_daemon__pb2.SuggestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -271,6 +308,60 @@ class DaemonService:
             '/netfence.v1.DaemonService/Watch',
             netfence_dot_v1_dot_daemon__pb2.WatchRequest.SerializeToString,
             netfence_dot_v1_dot_daemon__pb2.FlowEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netfence.v1.DaemonService/Explain',
+            netfence_dot_v1_dot_daemon__pb2.ExplainRequest.SerializeToString,
+            netfence_dot_v1_dot_daemon__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Suggest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netfence.v1.DaemonService/Suggest',
+            netfence_dot_v1_dot_daemon__pb2.SuggestRequest.SerializeToString,
+            netfence_dot_v1_dot_daemon__pb2.SuggestResponse.FromString,
             options,
             channel_credentials,
             insecure,

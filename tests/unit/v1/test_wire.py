@@ -34,6 +34,8 @@ METHODS = {
     "DaemonService.List": ("ListRequest", "ListResponse"),
     "DaemonService.GetStatus": (EMPTY, "DaemonStatus"),
     "DaemonService.Watch": ("WatchRequest", "stream FlowEvent"),
+    "DaemonService.Explain": ("ExplainRequest", "ExplainResponse"),
+    "DaemonService.Suggest": ("SuggestRequest", "SuggestResponse"),
 }
 
 ENUMS = {
@@ -234,6 +236,24 @@ MESSAGES = {
         "rule": (10, "string"),
         "lost": (11, "uint64"),
     },
+    "ExplainRequest": {"id": (1, "string"), "subject": (2, "string")},
+    "ExplainStep": {"kind": (1, "string"), "subject": (2, "string"), "text": (3, "string")},
+    "ExplainVerdict": {
+        "address": (1, "string"),
+        "verdict": (2, "string"),
+        "reason": (3, "string"),
+        "rule": (4, "string"),
+        "lease": (5, DURATION),
+    },
+    "ExplainResponse": {
+        "subject": (1, "string"),
+        "name_verdict": (2, "string"),
+        "steps": (3, "repeated ExplainStep"),
+        "addresses": (4, "repeated ExplainVerdict"),
+        "remedies": (5, "repeated string"),
+    },
+    "SuggestRequest": {"id": (1, "string")},
+    "SuggestResponse": {"policy": (1, "string"), "missed": (2, "uint64")},
 }
 
 SCALARS = {
