@@ -20,7 +20,7 @@ from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "unit", "kernel", "vms", "matrix", "perf_smoke", "demo"]
+nox.options.sessions = ["lint", "types", "unit", "docs", "kernel", "vms", "matrix", "perf_smoke", "demo"]
 
 ROOT = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -78,6 +78,12 @@ def types(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Test the pure parts: without root, without bcc, on any kernel."""
     python(session, "-m", "pytest", "-n", "2", "tests/unit", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into build/site; a warning is an error."""
+    run_all(session, ("mkdocs", "build", "--strict"), NO_MKDOCS_2_WARNING="1")
 
 
 @nox.session

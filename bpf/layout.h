@@ -15,6 +15,11 @@
 #define NF_LEASES_DEFAULT 262144 /* dns.max_leases_total */
 #define NF_INBOUND 131072        /* TCP connections begun from outside, all attachments */
 #define NF_INBOUND_PER_SLOT 4096 /* one attachment's share of them */
+#define NF_SEEN 131072           /* destinations that audit let through, all attachments */
+#define NF_SEEN_PER_SLOT 4096    /* one attachment's share of them */
+#define NF_FLOWS_BYTES 262144    /* of the ring of reports: some 2,900 of them; a power of two and pages */
+#define NF_FLOW_WINDOW_SHIFT 5   /* 32 jiffies: a tenth of a second or so, by HZ */
+#define NF_FLOWS_PER_WINDOW 64   /* reports of one attachment on one CPU in that time */
 #define NF_HOST_ADDRESSES 4096   /* addresses of this host that `allow_replies: host` knows */
 #define NF_OWN_ADDRESSES 16      /* addresses of one interface and its bridge, for neighbour discovery */
 #define NF_TTL_NESTING 4         /* limits.MAX_TTL_NESTING: expired prefixes looked through before a live one */
@@ -37,6 +42,7 @@
 #define NF_FLAG_LINK_LOCAL 16  /* enforcement.allow_link_local */
 #define NF_FLAG_REPLIES 32     /* enforcement.allow_replies is not off */
 #define NF_FLAG_REPLIES_ANY 64 /* … is any */
+#define NF_FLAG_WATCH 128      /* somebody wants to be told of drops */
 
 struct address {
     __u32 word[4];
@@ -122,9 +128,55 @@ struct count {
     __u64 bytes;
 };
 
+/* How many reports this CPU has made of the slot's drops in this window, and how many it kept back since the last. */
+struct reported {
+    __u64 window; /* jiffies >> NF_FLOW_WINDOW_SHIFT */
+    __u32 flows;
+    __u32 lost;
+};
+
 struct counters {
     struct count real[32];  /* by REASON_ */
     struct count would[32]; /* audit mode: by the reason that would have dropped */
+    struct reported reported;
+};
+
+/* A report of one packet that was dropped, or in audit mode would have been. Addresses are zero where not known. */
+struct flow {
+    __u64 at; /* jiffies */
+    __u32 slot;
+    __u32 length;           /* bytes */
+    __u32 lost;             /* reports kept back before this one, of this slot and CPU */
+    __u16 source_port;      /* network order; 0 without ports */
+    __u16 destination_port; /* network order */
+    __u8 reason;            /* REASON_ */
+    __u8 would;             /* it passed all the same: audit */
+    __u8 protocol;
+    __u8 ipv6; /* arrived as IPv6 */
+    __u32 pad;
+    struct address source;
+    struct address destination;
+};
+
+/* What audit mode let through, for `suggest`. */
+struct seen_key {
+    __u32 slot;
+    struct address destination;
+    __u16 port; /* network order; 0 without ports */
+    __u8 protocol;
+    __u8 pad;
+};
+
+struct seen {
+    __u64 packets;
+    __u64 bytes;
+};
+
+/* As inbound_count; `missed` counts packets for whose destination there was no room. */
+struct seen_count {
+    __u32 added;
+    __u32 removed;
+    __u64 missed;
 };
 
 #endif

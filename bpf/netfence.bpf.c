@@ -22,6 +22,27 @@
 #define IFINDEX_LO 1
 #define SOCKET_RAW 3 /* SOCK_RAW */
 
+/* What the compiler knew of a value it knows no more: else it copies what follows for each value, and the verifier walks
+ * twice as far. */
+#define FORGET(value) asm volatile("" : "+r"(value))
+
+/* The same for what the verifier knows of a packet: it would walk `decide` once for each way through the parsers. Each
+ * word is XORed with a zero of which neither it nor the compiler knows that it is one.
+ */
+static __always_inline void forget_packet(struct packet *packet, __u64 any)
+{
+    __u64 same = any;
+    FORGET(same);
+    __u64 zero = any ^ same;
+    FORGET(zero);
+    for (__u64 at = 0; at < sizeof(*packet); at += 8) {
+        __u64 word;
+        __builtin_memcpy(&word, (char *)packet + at, 8);
+        word ^= zero;
+        __builtin_memcpy((char *)packet + at, &word, 8);
+    }
+}
+
 #define HOOK_TC 1
 #define HOOK_CGROUP 2
 #define HOOK_CONNECT 3
@@ -51,16 +72,75 @@ static __always_inline __u64 slot_of_cgroup(void)
 #endif
 }
 
-static __always_inline void count(__u64 slot, int reason, int would, __u64 packets, __u64 bytes)
+static __always_inline struct counters *count(__u64 slot, int reason, int would, __u64 packets, __u64 bytes)
 {
     __u32 key = slot;
     __u64 index = reason & (REASON_COUNT - 1);
     struct counters *counters = bpf_map_lookup_elem(MAP(FD_COUNTERS), &key);
     if (!counters)
-        return;
+        return counters;
     struct count *one = would ? &counters->would[index] : &counters->real[index];
     one->packets += packets;
     one->bytes += bytes;
+    return counters;
+}
+
+/* Tell of a drop whoever watches: so many in a window and no more, whatever the workload sends. Nobody is woken up. */
+static __always_inline void report(const struct packet *packet, __u64 slot, struct counters *counters, int reason,
+                                   int would, __u64 bytes)
+{
+    struct reported *reported = &counters->reported;
+    __u64 now = bpf_jiffies64();
+    if (reported->window != now >> NF_FLOW_WINDOW_SHIFT) {
+        reported->window = now >> NF_FLOW_WINDOW_SHIFT;
+        reported->flows = 0;
+    }
+    struct flow *flow = 0;
+    if (reported->flows < NF_FLOWS_PER_WINDOW)
+        flow = bpf_ringbuf_reserve(MAP(FD_FLOWS), sizeof(*flow), 0);
+    if (!flow) {
+        reported->lost++;
+        return;
+    }
+    flow->at = now;
+    flow->slot = slot;
+    flow->length = bytes;
+    flow->lost = reported->lost;
+    flow->source_port = packet->source_port;
+    flow->destination_port = packet->destination_port;
+    flow->reason = reason;
+    flow->would = would;
+    flow->protocol = packet->protocol;
+    flow->ipv6 = packet->ipv6;
+    flow->pad = 0;
+    flow->source = packet->source;
+    flow->destination = packet->destination;
+    bpf_ringbuf_submit(flow, BPF_RB_NO_WAKEUP);
+    reported->flows++;
+    reported->lost = 0;
+}
+
+/* Remember where a packet went that audit let through. */
+static __always_inline void remember(const struct packet *packet, __u64 slot, __u64 packets, __u64 bytes)
+{
+    __u32 count_key = slot;
+    struct seen_key key = {.slot = slot, .destination = packet->destination, .protocol = packet->protocol};
+    key.port = packet->destination_port;
+    struct seen *seen = bpf_map_lookup_elem(MAP(FD_SEEN), &key);
+    if (seen) {
+        __sync_fetch_and_add(&seen->packets, packets);
+        __sync_fetch_and_add(&seen->bytes, bytes);
+        return;
+    }
+    struct seen_count *used = bpf_map_lookup_elem(MAP(FD_SEEN_COUNT), &count_key);
+    if (!used)
+        return;
+    struct seen fresh = {.packets = packets, .bytes = bytes};
+    if (used->added - used->removed < NF_SEEN_PER_SLOT &&
+        bpf_map_update_elem(MAP(FD_SEEN), &key, &fresh, BPF_NOEXIST) == 0)
+        __sync_fetch_and_add(&used->added, 1);
+    else
+        __sync_fetch_and_add(&used->missed, packets);
 }
 
 /* One step of rule_lookup: what an entry of the trie says, or ASK_SHORTER where it has expired. */
@@ -340,8 +420,8 @@ static __always_inline int is_raw_socket(struct __sk_buff *skb)
  * tell nf_tc that XDP has seen it, and seen *this*: whoever administers a namespace behind a veth can lead a packet around
  * XDP, and read and copy all that the kernel keeps of it (docs/decisions/0012).
  */
-static __always_inline int settle(void *context, int hook, __u64 slot, const struct config *config, int reason,
-                                  int would)
+static __always_inline int settle(void *context, int hook, __u64 slot, const struct config *config,
+                                  const struct packet *packet, int reason, int would)
 {
     struct __sk_buff *skb = context; /* but under XDP, where a frame is one packet */
     __u64 packets = hook != HOOK_XDP && skb->gso_segs ? skb->gso_segs : 1;
@@ -349,7 +429,13 @@ static __always_inline int settle(void *context, int hook, __u64 slot, const str
     int pass = reason < FIRST_DROP || would;
     if (hook == HOOK_XDP && pass)
         return 1;
-    count(slot, reason, would, packets, bytes);
+    struct counters *counters = count(slot, reason, would, packets, bytes);
+    if (reason < FIRST_DROP)
+        return 1;
+    if (would && reason < REASON_CONNECT) /* of what could not be parsed no destination is known */
+        remember(packet, slot, packets, bytes);
+    if (counters && (config->flags & NF_FLAG_WATCH))
+        report(packet, slot, counters, reason, would, bytes);
     return pass;
 }
 
@@ -366,21 +452,26 @@ static __always_inline int verdict(void *context, int hook, __u64 slot)
         skb->tc_index = FENCED_MARK;
     __u64 active = *(volatile __u64 *)&config->active;
     if (mode_of(active) == MODE_DISABLED)
-        return settle(context, hook, slot, config, REASON_DISABLED, 0);
+        return settle(context, hook, slot, config, &packet, REASON_DISABLED, 0);
     int reason = parse(context, hook, config, &packet);
     if (reason == PARSED) {
         if (hook == HOOK_CGROUP && is_own_dns(&packet, config))
             packet.raw = is_raw_socket(skb);
+        forget_packet(&packet, cursor_of(context, hook).length);
         reason = decide(&packet, slot, config, active);
         if (reason == REASON_DEFAULT_DROP && is_reply(&packet, slot, config))
             reason = REASON_REPLY;
+    } else {
+        __builtin_memset(&packet, 0, __builtin_offsetof(struct packet, source_port)); /* else perhaps not written */
     }
+    FORGET(reason);
     /* Forwarded packets have no socket and cgroup id 0: never the daemon's. */
     if (reason >= FIRST_DROP && hook == HOOK_TC && (config->flags & NF_FLAG_HOST) && config->daemon_cgroup &&
         bpf_skb_cgroup_id(skb) == config->daemon_cgroup)
         reason = REASON_DAEMON;
+    FORGET(reason);
     int would = reason >= FIRST_DROP && (active & NF_ACTIVE_AUDIT) && !(active & NF_ACTIVE_START);
-    return settle(context, hook, slot, config, reason, would);
+    return settle(context, hook, slot, config, &packet, reason, would);
 }
 
 int nf_tc(struct __sk_buff *skb)
@@ -468,7 +559,9 @@ static __always_inline int connect_verdict(struct bpf_sock_addr *context, int fa
     if (decide(&packet, slot, config, active) < FIRST_DROP)
         return CGROUP_PASS;
     int would = (active & NF_ACTIVE_AUDIT) && !(active & NF_ACTIVE_START);
-    count(slot, REASON_CONNECT, would, 1, 0);
+    struct counters *counters = count(slot, REASON_CONNECT, would, 1, 0);
+    if (counters && !would && (config->flags & NF_FLAG_WATCH)) /* what audit lets through is told of with its packets */
+        report(&packet, slot, counters, REASON_CONNECT, 0, 0);
     return would ? CGROUP_PASS : CGROUP_DROP;
 }
 

@@ -31,6 +31,7 @@ from typing import Protocol
 import structlog
 
 from netfence import policy_codec
+from netfence.audited import AuditMemory
 from netfence.control.port import AttachmentView, ControlPort, FirstPolicy
 from netfence.dns.gate import ProxyAnswer
 from netfence.errors import ExhaustedError, NetfenceError, NotFoundError, PreconditionError
@@ -41,6 +42,7 @@ from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
 from netfence.policy.search import judge_asked
 from netfence.store import Row
+from netfence.tally import Tally
 from netfence.tasks import finish
 
 COMPLAIN_S = 10.0  # a full lease table is logged at most this often per attachment
@@ -51,8 +53,8 @@ log = structlog.get_logger(__name__)
 class Kernel(LeaseKernel, Protocol):
     """What an attachment needs of the data plane; see `netfence.dataplane.plane.DataPlane`."""
 
-    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
-        """Switch the slot to `policy` between two packets, or raise with `old` still in force."""
+    async def apply(self, slot: int, policy: Policy, old: Policy | None, *, start: bool = False) -> None:
+        """Switch the slot to `policy` (`start`: `start_mode`) between two packets, or raise with `old` in force."""
         ...
 
 
@@ -82,6 +84,7 @@ class Attachment:
         control: ControlPort,
         limits: LeaseLimits,
         table: LeaseTable,
+        tally: Tally | None = None,
     ) -> None:
         self.row = row
         self.active = False  # the first policy is in force and stored
@@ -93,12 +96,15 @@ class Attachment:
         self._made_by: Given | None = None  # keeps the policy shared, while no other command changed it
         self._kernel, self._store, self._control = kernel, store, control
         self._leases = Leases(row.slot, kernel, limits, table)
+        self._tally = tally or Tally()
         self._suffixes = limits.suffixes
         self._lock = asyncio.Lock()
         self._closed = False
         self._complaint = self._audit_complaint = 0.0  # when the next one may be logged
         self.audited_names = 0
+        self.audited = AuditMemory()
         self.queries_allowed, self.queries_blocked = row.dns_allowed, row.dns_blocked
+        self._queries_before = row.dns_allowed, row.dns_blocked
         self.refused_leases = 0
         self.log = log.bind(attachment=row.id, target=row.name)
 
@@ -108,6 +114,22 @@ class Attachment:
     def policy(self) -> Policy:
         """Return the policy of this moment."""
         return self._policy
+
+    @property
+    def commanded(self) -> Policy:
+        """Return what commands made: `policy`, but where block_all is in force in its place (`ControlPort.stale`)."""
+        return self._stored
+
+    @property
+    def queries(self) -> tuple[int, int]:
+        """Return the queries allowed and blocked since the daemon's start; what was stored before is left out."""
+        allowed, blocked = self._queries_before
+        return self.queries_allowed - allowed, self.queries_blocked - blocked
+
+    @property
+    def leases(self) -> int:
+        """Return how many addresses are leased."""
+        return len(self._leases)
 
     @property
     def generation(self) -> int:
@@ -140,9 +162,10 @@ class Attachment:
         """Ask about one name in DNS mode `proxy`. Raises UnavailableError or DeadlineError."""
         return await self._control.query_dns(self.row.id, name, qtype)
 
-    def note_audit(self, name: str, addresses: Sequence[bytes], why: str) -> None:
-        """Report a name that only `audit` let through; at most one line in `COMPLAIN_S`, the count says how many."""
+    def note_audit(self, name: str, addresses: Sequence[bytes], why: str, chain: Sequence[str] = ()) -> None:
+        """Remember a name that only `audit` let through, and report it: one line in `COMPLAIN_S`, with a count."""
         self.audited_names += 1
+        self.audited.note(name, addresses, chain)
         now = time.monotonic()
         if now >= self._audit_complaint:
             self._audit_complaint = now + COMPLAIN_S
@@ -164,7 +187,12 @@ class Attachment:
         async with self._lock:
             if self._closed:
                 raise NotFoundError(f"apply a command to {self.row.id}: it was detached")
-            return await finish(self._apply_each(commands), f"apply {self.row.id}")
+            return await finish(self._apply_counted(commands), f"apply {self.row.id}")
+
+    async def _apply_counted(self, commands: Sequence[Versioned]) -> Refusals:
+        refusals = await self._apply_each(commands)
+        self._tally.note_commands(refusals)
+        return refusals
 
     async def _apply_each(self, commands: Sequence[Versioned]) -> Refusals:
         """Apply commands together; should kernel or store refuse them so, one by one: each has its own fate."""
@@ -228,7 +256,7 @@ class Attachment:
             settled(None)
 
     async def _apply_first(self, first: FirstPolicy) -> None:
-        raise_first(await self._apply_each([(first.update, first.version)]))
+        raise_first(await self._apply_counted([(first.update, first.version)]))
 
     async def _begin_unacked(self) -> None:
         if self._control.stale or self._policy is not self._stored:  # whatever start_mode says
@@ -256,7 +284,8 @@ class Attachment:
             async def work() -> None:
                 await hook()
                 self._in_kernel = None
-                await self._switch(self._stored)
+                row, begun = self.row, self._stored != start_policy(self._stored.mode)
+                await self._switch(self._stored, start=not (row.acked or row.policy_version or begun))
                 self.policy_hash = await self._digest()
                 self.active = True
 
@@ -302,6 +331,19 @@ class Attachment:
     def end(self) -> None:
         """Give back the room of its leases; it is over, and the kernel has none of them any more."""
         self._leases.end()
+        self.audited.clear()
+
+    def names_of(self, address: bytes) -> tuple[str, ...]:
+        """Return the names whose answers opened the packed address, the latest last."""
+        return self._leases.names_of(address)
+
+    def held_by(self, name: str) -> tuple[bytes, ...]:
+        """Return the packed addresses that answers to the name, as it was asked for, have opened."""
+        return self._leases.held_by(name)
+
+    def leased_names(self) -> list[str]:
+        """Return the names whose answers hold leases."""
+        return self._leases.names()
 
     async def while_open(self, work: Callable[[], Awaitable[None]]) -> bool:
         """Do something that may meet neither a command nor the end; False, and nothing done, once closed."""
@@ -339,11 +381,13 @@ class Attachment:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    async def _switch(self, stored: Policy) -> None:
-        """Put in force what `stored` says, or block_all in its place while we are stale."""
+    async def _switch(self, stored: Policy, *, start: bool = False) -> None:
+        """Put in force what `stored` says (`start`: nobody gave it yet), or, while we are stale, block_all instead."""
         new = blocked(stored) if self._control.stale else stored
         if new is not self._in_kernel:
-            await self._kernel.apply(self.row.slot, new, self._in_kernel)
+            began = time.monotonic()
+            await self._kernel.apply(self.row.slot, new, self._in_kernel, start=start and new is stored)
+            self._tally.switches.note(time.monotonic() - began)
         self._in_kernel = self._policy = new
         self._stored = stored
         self._generation += 1

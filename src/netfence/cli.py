@@ -19,6 +19,9 @@ from click.core import ParameterSource
 
 from netfence import __version__
 from netfence.api.views import AttachSpec, DirectionWish, HookWish
+from netfence.cli_explain import suggest, why
+from netfence.cli_top import top
+from netfence.cli_watch import watch
 from netfence.command import (
     DEFAULT_SOCKET,
     FAILED,
@@ -381,6 +384,12 @@ def _load_config(ctx: click.Context, path: Path | None, flags: dict[str, object]
 def _lines(error: NetfenceError) -> list[str]:
     """Return an error's lines: one for each fault."""
     return list(error.errors) if isinstance(error, InvalidError) else [str(error)]
+
+
+cli.add_command(why)
+cli.add_command(suggest)
+cli.add_command(watch)
+cli.add_command(top)
 
 
 def main() -> None:

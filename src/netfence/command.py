@@ -6,6 +6,7 @@ and bad usage stay instant.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,19 @@ def connected() -> Iterator[DaemonClient]:
         raise CommandError([str(error)]) from None
     except UnreachableError as error:
         raise CommandError([str(error)], UNREACHABLE) from None
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """End quietly by Ctrl-C, and when nobody reads what we print any more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # its encoding may lack what others call their targets
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at the end complains
 
 
 def show_rows(rows: list[Sequence[str]], head: Sequence[str] | None = None) -> None:

@@ -15,17 +15,25 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterable, Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from typing import Any
 
 import structlog
 import uvloop
 
-from netfence import __version__, endpoints, log, privileges, watchdog
+from netfence import __version__, endpoints, log, metrics_http, privileges, watchdog
 from netfence.api.service import serve
-from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
+from netfence.api.views import (
+    AttachmentInfoView,
+    AttachSpec,
+    ExplanationView,
+    FlowVerdict,
+    FlowView,
+    StatusView,
+    SuggestionView,
+)
 from netfence.config import Config, Loaded, system_upstreams
 from netfence.control.credentials import load as load_secrets
 from netfence.control.local import LocalControl, NoControl, load_policy_file
@@ -35,14 +43,20 @@ from netfence.dns.cache import SharedCache
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.errors import NetfenceError
+from netfence.explaining import explain
+from netfence.flows import Flows
 from netfence.hosting import Host
 from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
+from netfence.metrics_collector import Collector
+from netfence.metrics_http import MetricsServer
 from netfence.notify import notify, watchdog_s
 from netfence.policy.modes import Mode
 from netfence.policy_codec import Clock, seconds_since
+from netfence.remembering import Remembering
 from netfence.restore import restore
 from netfence.store import Store
+from netfence.suggesting import suggest
 from netfence.targets import TargetKeeper, Watchers
 
 MAINTAIN_S = 30.0  # between two sweeps of every attachment: expired entries count for nothing, they only take room
@@ -77,6 +91,7 @@ class _Process:
         self._config = config
         self._stop = asyncio.Event()
         self._ready = False
+        self._metrics: list[socket.socket] = []
 
     async def main(self) -> None:
         """Start, run until told to stop, stop."""
@@ -104,6 +119,10 @@ class _Process:
         privileges.require(config)
         detach = config.enforcement.on_shutdown == "detach"
         async with AsyncExitStack() as stack:
+            if config.metrics.listen is not None:
+                self._metrics = await metrics_http.listen(config.metrics.listen)
+            for sock in self._metrics:
+                stack.callback(sock.close)
             store = await asyncio.to_thread(Store.open, config.data_dir)
             stack.push_async_callback(store.close)
             control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
@@ -144,11 +163,17 @@ class _Process:
             await keeper.read_host_addresses()
             background = Background(group)
             outcomes = await restore(lifecycle, background.start)
-            daemon = Daemon(lifecycle, background, self._daemon_id(parts.store))
+            names = Remembering(lifecycle)
+            await names.recall()
+            flows = Flows(parts.plane, lambda: [live for live in lifecycle.every() if live.attached])
+            daemon = Daemon(lifecycle, background, self._daemon_id(parts.store), flows)
             background.keep(keeper.run, "targets")
             background.keep(keeper.look_round, "hooks")
             background.keep(lambda: parts.control.run(host), "control")
-            background.keep(lambda: _maintain(lifecycle), "maintenance")
+            background.keep(lambda: _maintain(lifecycle, names), "maintenance")
+            if self._metrics:
+                background.keep(MetricsServer(self._metrics, Collector(lifecycle).text).run, "metrics")
+            background.keep(flows.run, "flows")
             api = await serve(daemon, config.socket, config.socket_group)
             try:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, daemon.reload)
@@ -165,7 +190,9 @@ class _Process:
                 kept = "removed" if config.enforcement.on_shutdown == "detach" else "kept"
                 events.info("stopping", attachments=len(lifecycle), filters=kept)
             finally:
+                flows.close()  # or those who watch would be waited for
                 await api.close(GRACE_S)
+            await names.save()
             if config.enforcement.on_shutdown == "detach":
                 await _end_all(lifecycle, detach=True)  # here, while the control plane can be told
             await parts.control.drain()
@@ -214,8 +241,9 @@ class Background:
 class Daemon:
     """The daemon as its local API sees it (`api.service.DaemonPort`)."""
 
-    def __init__(self, lifecycle: Lifecycle, background: Background, daemon_id: str) -> None:
+    def __init__(self, lifecycle: Lifecycle, background: Background, daemon_id: str, flows: Flows) -> None:
         self._lifecycle, self._background, self._daemon_id = lifecycle, background, daemon_id
+        self._flows = flows
         self._began = time.monotonic()
 
     async def attach(self, spec: AttachSpec) -> AttachmentInfoView:
@@ -252,6 +280,20 @@ class Daemon:
             features=parts.plane.features,
         )
 
+    async def explain(self, attachment_id: str, subject: str) -> ExplanationView:
+        """Tell what would happen to a name or an address; see `explaining`."""
+        return await explain(self._lifecycle, attachment_id, subject)
+
+    async def suggest(self, attachment_id: str) -> SuggestionView:
+        """Make a policy of what audit mode let through; see `suggesting`."""
+        return await suggest(self._lifecycle, attachment_id)
+
+    def watch(
+        self, attachment_id: str, verdicts: Collection[FlowVerdict]
+    ) -> AbstractContextManager[AsyncIterable[FlowView]]:
+        """Give what is decided from now on; see `Flows.watch`."""
+        return self._flows.watch(attachment_id, verdicts)
+
     def reload(self) -> None:
         """Read the files again that decide policies (SIGHUP)."""
         self._background.start(self._lifecycle.parts.control.reload(), "reload")
@@ -262,7 +304,7 @@ async def _feed_watchdog(lifecycle: Lifecycle, limit_s: float) -> None:
     parts = lifecycle.parts
     questions: dict[str, watchdog.Question] = {
         "store": lambda: parts.store.save_counters({}),
-        "data plane": lambda: parts.plane._run(int),  # noqa: SLF001 - whether it takes work, whatever the work is
+        "data plane": parts.plane.answer,
     }
     await watchdog.feed(questions, limit_s, lambda: _summary(lifecycle))
 
@@ -271,8 +313,8 @@ def _summary(lifecycle: Lifecycle) -> str:
     return f"{len(lifecycle)} attachments"
 
 
-async def _maintain(lifecycle: Lifecycle) -> None:
-    """Keep tables free of what expired, and the stored counters near the real ones, until cancelled."""
+async def _maintain(lifecycle: Lifecycle, names: Remembering) -> None:
+    """Keep tables free of what expired, and what is stored near what is known, until cancelled."""
     stored: dict[str, tuple[int, int]] = {}
     while True:
         await asyncio.sleep(MAINTAIN_S)
@@ -282,6 +324,7 @@ async def _maintain(lifecycle: Lifecycle) -> None:
             except Exception as error:
                 live.attachment.log.exception("maintenance_failed", error=str(error))
         stored = await _store_counters(lifecycle, stored)
+        await names.save()
 
 
 async def _store_counters(lifecycle: Lifecycle, stored: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -315,8 +358,6 @@ async def make_control(config: Config) -> ControlPort:
 
     Raises InvalidError: a bad policy file, or bad TLS files.
     """
-    if config.metrics.listen is not None:
-        events.warning("not_supported_yet", key="metrics.listen", value=config.metrics.listen, effect="no metrics")
     if config.control_plane.url:
         if config.policy_file is not None:
             events.info("policy_file_not_used", file=str(config.policy_file), why="control_plane.url is set")

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from netfence.dataplane import links
 from netfence.dataplane.config import Fixed
+from netfence.dataplane.explain import Explainer, Judged
+from netfence.dataplane.failure import explain
 from netfence.dataplane.plane import DataPlane
 from netfence.dataplane.slotword import SlotWord
+from netfence.dataplane.target import InterfaceTarget
 from netfence.policy.modes import DnsMode
 from netfence.policy.policy import DnsPolicy, Policy
 
@@ -22,14 +25,15 @@ _ALL = (-1, -1, (1 << 64) - 1)  # idle, longest, now: at the end of time every l
 class Remembered:
     """What the kernel knows of an attachment that nobody else knows: all but its metadata and its names.
 
-    `identity`: index of the interface or id of the cgroup, 0 if it is gone; `since`: seconds since the epoch. Of names
-    the policy allows none.
+    `identity`: index of the interface or id of the cgroup, 0 if it is gone; `mechanism`: what fences it now; `since`:
+    seconds since the epoch. Of names the policy allows none.
     """
 
     slot: int
     fixed: Fixed
     identity: int
     xdp: bool
+    mechanism: str
     since: float
     policy: Policy
 
@@ -37,9 +41,28 @@ class Remembered:
 class Kernel(DataPlane):
     """See the module. Make one with `open`, as a `DataPlane`."""
 
+    def judge_address(self, slot: int, address: bytes) -> Judged:
+        """Tell what the kernel would do now with a connection to a packed address; changes nothing.
+
+        Raises NetfenceError when its tables cannot be read.
+        """
+        try:
+            return Explainer(self._loaded.maps, self._loaded.layout, self.clock).judge(slot, address)
+        except OSError as error:
+            raise explain("read the tables of the kernel", error) from error
+
+    @property
+    def build(self) -> str:
+        """Return the build id of the programs and maps in use; see `loader`."""
+        return self._loaded.build
+
     def pinned(self) -> set[str]:
         """Return the names of all attachments that have pins; after a restart those of the last daemon."""
         return {pin.name.rpartition("-")[0] for pin in (self._bpffs_dir / "links").glob("*-*")}
+
+    async def mechanism(self, target: InterfaceTarget, name: str) -> str:
+        """Tell what fences an interface now: ``xdp-native`` or ``xdp-generic`` where XDP is in force, or TC's."""
+        return await self._run(lambda: self._hooks.mechanism(target.ifindex, name))
 
     async def leases(self) -> dict[int, dict[bytes, float]]:
         """Return every lease: slot → packed address → expiry (monotonic seconds, past ones too)."""
@@ -71,7 +94,9 @@ class Kernel(DataPlane):
         directory = self._bpffs_dir / "links"
         since = min(pin.stat().st_mtime for pin in directory.glob(f"{fixed.attachment}-*"))
         xdp = (directory / f"{fixed.attachment}-xdp").exists()
-        return Remembered(slot, fixed, self._identity(slot, fixed), xdp, since, policy)
+        identity = self._identity(slot, fixed)
+        mechanism = self._hooks.CGROUP if fixed.cgroup else self._hooks.mechanism(identity, fixed.attachment)
+        return Remembered(slot, fixed, identity, xdp, mechanism, since, policy)
 
     def _identity(self, slot: int, fixed: Fixed) -> int:
         if fixed.cgroup or self.tc_mechanism == "tcx":

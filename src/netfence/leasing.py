@@ -74,6 +74,9 @@ class LeaseTable:
         self._used: dict[Leases, int] = {}
         self._sum = 0
 
+    def __len__(self) -> int:
+        return self._sum
+
     def note(self, member: Leases, count: int) -> None:
         """Note that a member has `count` leases now; its first note makes it a member."""
         self._sum += count - self._used.get(member, 0)
@@ -112,9 +115,24 @@ class Leases:
         self._loose: set[bytes] = set()  # lost a hold; the kernel has to hear of it yet
         table.note(self, 0)
 
+    def __len__(self) -> int:
+        return len(self._book)
+
     def addresses(self) -> Iterator[bytes]:
         """Iterate over the packed addresses that are booked."""
         return self._book.addresses()
+
+    def names_of(self, address: bytes) -> tuple[str, ...]:
+        """Return the names that hold the packed address, the latest last; those of an expired lease too."""
+        return tuple(name for name in self._book.names_of(address) if name not in (PROXY, UNKNOWN))
+
+    def held_by(self, name: str) -> tuple[bytes, ...]:
+        """Return the packed addresses that answers to the name have opened, sorted; those of expired leases too."""
+        return tuple(sorted(self._book.addresses_of(name)))
+
+    def names(self) -> list[str]:
+        """Return every name that holds an address."""
+        return [name for name in self._book.names() if name not in (PROXY, UNKNOWN)]
 
     def adopt(self, leases: Mapping[bytes, float]) -> None:
         """Book leases (packed address → expiry) that the kernel has already, for a holder that nobody knows."""

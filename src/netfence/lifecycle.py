@@ -35,17 +35,19 @@ from netfence.dataplane.target import (
     resolve_interface,
 )
 from netfence.dns.cache import SharedCache
-from netfence.dns.server import DnsServer, Turns
+from netfence.dns.server import DnsServer, Totals, Turns
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
 from netfence.errors import ExistsError, InvalidError, NotFoundError, PreconditionError
+from netfence.finding import unknown
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
 from netfence.policy.search import search_suffixes
 from netfence.store import Row, Store
+from netfence.tally import Tally, outcome
 from netfence.tasks import finish
 
 Target = InterfaceTarget | CgroupTarget
@@ -126,8 +128,9 @@ class Lifecycle:
             config.dns.max_leases,
             search_suffixes(config.dns.search_domains),
         )
-        self._table = LeaseTable(config.dns.max_leases_total)
+        self.table = LeaseTable(config.dns.max_leases_total)
         self._turns = Turns()
+        self.tally, self.dns_totals = Tally(), Totals()
 
     def __len__(self) -> int:
         return sum(live.attached for live in self._live.values())
@@ -146,6 +149,13 @@ class Lifecycle:
         """Return an attachment by its id, also one being attached."""
         return self._live.get(attachment_id)
 
+    def find(self, attachment_id: str, what: str) -> Live:
+        """Return an attachment by its id; NotFoundError, with whom `what` may have meant, for an unknown one."""
+        live = self._live.get(attachment_id)
+        if live is None or not live.attached:
+            raise unknown(what, attachment_id, ((one.row.id, one.row.name) for one in self.every() if one.attached))
+        return live
+
     def by_target(self, key: Key) -> Live | None:
         """Return the attachment of a target, also one being attached."""
         return self._live.get(self._targets.get(key, ""))
@@ -154,6 +164,15 @@ class Lifecycle:
 
     async def attach(self, spec: AttachSpec) -> Live:
         """Fence a target, or leave nothing behind (semantics.md 22)."""
+        try:
+            live = await self._attach(spec)
+        except Exception as error:
+            self.tally.attaches[outcome(error)] += 1
+            raise
+        self.tally.attaches[outcome(None)] += 1
+        return live
+
+    async def _attach(self, spec: AttachSpec) -> Live:
         name = spec.interface if spec.interface is not None else str(spec.cgroup)
         self.parts.control.check(name)
         async with AsyncExitStack() as undo:
@@ -256,7 +275,9 @@ class Lifecycle:
     async def put_back(self, live: Live) -> None:
         """Attach what somebody took away of its hooks; inside `while_open`."""
         if not await self.parts.plane.put_back(live.row.slot, live.target, live.direction, live.row.id):
+            self.tally.hooks_put_back += 1
             live.attachment.log.error("hook_put_back", effect=f"somebody removed it; {_meanwhile(live.row)}")
+            await self._note_mechanism(live)
 
     def make(self, row: Row, target: Target, direction: Direction | None, policy: Policy) -> Live:
         """Make the objects of an attachment; nothing happens yet."""
@@ -268,10 +289,12 @@ class Lifecycle:
             store=parts.store,
             control=parts.control,
             limits=self._limits,
-            table=self._table,
+            table=self.table,
+            tally=self.tally,
         )
         device = _dns_device(target, direction)
-        server = DnsServer(attachment, parts.dns, parts.cache, parts.resolver, device=device, turns=self._turns)
+        dns, turns, totals = parts.dns, self._turns, self.dns_totals
+        server = DnsServer(attachment, dns, parts.cache, parts.resolver, device=device, turns=turns, totals=totals)
         return Live(attachment, target, direction, server, Endpoint(row.dns_host, row.dns_port))
 
     def register(self, live: Live) -> None:
@@ -314,9 +337,7 @@ class Lifecycle:
 
     async def detach(self, attachment_id: str) -> None:
         """Take a fence off. Raises NotFoundError."""
-        live = self._live.get(attachment_id)
-        if live is None or not live.attached:
-            raise NotFoundError(f"detach: no attachment {attachment_id}; see `netfenced list`")
+        live = self.find(attachment_id, "detach")
         await finish(self.end(live, UnsubscribeReason.DETACHED, whole=True), f"detach {live.row.name}")
 
     async def end(self, live: Live, reason: UnsubscribeReason, *, whole: bool = False) -> None:
@@ -378,10 +399,17 @@ class Lifecycle:
             # Somebody took it off, and it is refused now. TC fences as well, and is not to wait for it.
             live.attachment.log.exception("xdp_not_attached", error=str(error), effect="TC alone fences it")
             whole = await plane.restore(row.slot, live.target, replace(static, xdp=False), live.direction, row.id)
-            live.attachment.row = replace(live.row, mechanism=plane.tc_mechanism)
+        await self._note_mechanism(live)
         if not whole:
+            self.tally.hooks_put_back += 1
             live.attachment.log.warning("hook_put_back", effect=_meanwhile(live.row))
         live.hooked = True
+
+    async def _note_mechanism(self, live: Live) -> None:
+        """Note what fences it now: XDP goes where it is refused, and comes again, or in the other mode."""
+        if live.row.hook == "xdp" and isinstance(live.target, InterfaceTarget):
+            mechanism = await self.parts.plane.mechanism(live.target, live.row.id)
+            live.attachment.row = replace(live.row, mechanism=mechanism)
 
     async def _unsubscribe(self, live: Live, reason: UnsubscribeReason, error: str) -> None:
         await _undo(lambda: self.parts.control.unsubscribe(live.row.id, reason, error), "unsubscribe")

@@ -5,7 +5,6 @@ Owns what a start says about those that are missing. What the process has is `da
 
 from __future__ import annotations
 
-import grp
 import os
 import resource
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from pathlib import Path
 
 import structlog
 
+from netfence.api.unix_socket import group_id
 from netfence.config import Config
 from netfence.dataplane import probe
 from netfence.endpoints import DNS_PORT
+from netfence.errors import InvalidError
 
 _UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
@@ -70,6 +71,6 @@ def require(config: Config) -> None:
 def _is_foreign(group: str) -> bool:
     """Tell whether there is such a group and we are not in it; what a group that is not there means is said later."""
     try:
-        return grp.getgrnam(group).gr_gid not in {os.getegid(), *os.getgroups()}
-    except KeyError:
+        return group_id(group) not in {os.getegid(), *os.getgroups()}
+    except InvalidError:
         return False

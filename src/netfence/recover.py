@@ -1,7 +1,9 @@
-"""Attachments that the kernel still fences and the store does not know any more: rows made of what the kernel knows.
+"""Attachments that the store does not know any more: rows made of what the kernel knows, and of what could be read.
 
-A damaged or lost database takes no fence off. What was attached is attached again under its id, with the rules that are
-in force; names are allowed again when the control plane says so, unless something of the old row could be saved.
+A damaged or lost database takes no fence off. What is pinned is attached again under its id, with the rules that are in
+force; names are allowed again when the control plane says so, unless something of the old row could be saved. Of what
+is not pinned the saved row is all there is: after a reboot nothing is, and within one boot pins were lost, or it was
+detached after the row was written. Which of the two nobody can tell, so it is fenced again, as the row says (`sift`).
 """
 
 from __future__ import annotations
@@ -41,6 +43,34 @@ async def recover(plane: Kernel, names: Iterable[str], saved: Mapping[str, Row],
     return [await asyncio.to_thread(_row, name, known[name], saved.get(name), boot_id) for name in names]
 
 
+def sift(saved: Iterable[Row], there: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Tell the `saved` rows that nothing pins and that are to be attached again from those that were taken off.
+
+    Slot, DNS endpoint and target are one attachment's alone as long as it exists. So a row that shares one of them with
+    another is of an attachment that was detached before the other was attached: the later one counts, and those that
+    are `there` count most.
+    """
+    taken = {place for row in there for place in _places(row)}
+    kept, taken_off = [], []
+    for row in sorted(saved, key=lambda row: (row.policy is not None, row.attached_at), reverse=True):
+        places = _places(row)
+        say = log.bind(attachment=row.id, target=row.name, slot=row.slot)
+        if places & taken:
+            say.error("not_recovered", why="another has its slot, DNS address or target: it was detached before")
+            taken_off.append(row)
+            continue
+        taken |= places
+        say.error("recovered", source="the damaged database", lost="what changed after it was last written")
+        kept.append(replace(row, acked=False))
+    return kept, taken_off
+
+
+def _places(row: Row) -> set[tuple[object, ...]]:
+    """Return what no two attachments have in common; a recovered row's target may be gone."""
+    target = {("target", row.kind, row.name), ("identity", row.kind, row.identity, row.boot_id)}
+    return {("slot", row.slot), ("dns", row.dns_host, row.dns_port), *(target if row.name != GONE else ())}
+
+
 def _row(name: str, found: Remembered, saved: Row | None, boot_id: str) -> Row:
     fixed, identity = found.fixed, found.identity
     link_kind = ""
@@ -57,7 +87,7 @@ def _row(name: str, found: Remembered, saved: Row | None, boot_id: str) -> Row:
         link_kind=link_kind,
         direction="host" if fixed.host_direction else "workload",
         hook="cgroup" if fixed.cgroup else "xdp" if found.xdp else "tc",
-        mechanism="cgroup-link" if fixed.cgroup else "xdp" if found.xdp else "tc",
+        mechanism=found.mechanism,
         dns_host=str(ipaddress.ip_address(fixed.dns_address)),
         dns_port=fixed.dns_port,
         boot_id=boot_id,
@@ -66,7 +96,7 @@ def _row(name: str, found: Remembered, saved: Row | None, boot_id: str) -> Row:
     )
     policy = found.policy
     if saved is not None:
-        kept = ("metadata", "mechanism", "attached_at", "policy_version", "dns_allowed", "dns_blocked")
+        kept = ("metadata", "attached_at", "policy_version", "dns_allowed", "dns_blocked")
         row = replace(row, **{one: getattr(saved, one) for one in kept})
         policy = replace(policy, dns=_decoded(saved, policy).dns)
     text = policy_codec.encode(policy, policy_codec.Clock.now())

@@ -5,6 +5,8 @@ and policy); hooked anew with its last policy (an interface of the same name and
 its target is gone or its attach never succeeded; or left alone, loudly, because something of it cannot be read or done.
 Left alone means that the kernel goes on enforcing what it has: a failure here never opens a fence. After a reboot it
 has nothing, and we say so. Whatever can be tried again is, in the background: hooks, DNS ports and addresses.
+
+What a damaged or lost database does not tell any more comes from the kernel and from what could be read (`recover`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import asyncio
 import enum
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +27,9 @@ from netfence.dataplane.cgroups import CgroupTarget, resolve_cgroup
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer, resolve_interface
 from netfence.endpoints import Endpoint
 from netfence.errors import InvalidError, NetfenceError, NotFoundError, PreconditionError
-from netfence.lifecycle import Lifecycle, Live, Target, key_of
-from netfence.recover import recover
+from netfence.lifecycle import Lifecycle, Live, Parts, Target, key_of
+from netfence.policy.policy import EMPTY
+from netfence.recover import recover, sift
 from netfence.store import Row
 
 AGAIN_S = 1.0  # how often hooks that could not be put in place, and lost DNS ports, are tried again
@@ -57,10 +60,7 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
     parts = lifecycle.parts
     rows = await parts.store.load()
     pinned = parts.plane.pinned()
-    if strangers := sorted(pinned - {row.id for row in rows}):
-        for row in await recover(parts.plane, strangers, parts.store.saved, parts.boot_id):
-            await parts.store.reserve(row)
-            rows.append(row)
+    rows += await _known_again(parts, rows, pinned)
     leases = await parts.plane.leases()
     outcomes: Counter[Outcome] = Counter()
     for row in rows:
@@ -78,6 +78,27 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
     return outcomes
 
 
+async def _known_again(parts: Parts, rows: Sequence[Row], pinned: set[str]) -> list[Row]:
+    """Store again what the store does not know any more: what is pinned, and what else a damaged database told of.
+
+    Nothing is hooked before all of it is stored: until then the next start finds it where this one did.
+    """
+    known = {row.id for row in rows}
+    saved = {name: row for name, row in parts.store.saved.items() if name not in known}
+    found: list[Row] = []
+    if strangers := sorted(pinned - known):
+        found = await recover(parts.plane, strangers, saved, parts.boot_id)
+    others = [row for name, row in saved.items() if name not in pinned]
+    kept, taken_off = sift(others, [*rows, *found])
+    for row in (*found, *kept):
+        await parts.store.reserve(row)
+    if parts.store.saved:
+        await parts.store.settle()
+    for row in taken_off:
+        await parts.control.unsubscribe(row.id, UnsubscribeReason.REMOVED, "")
+    return [*found, *kept]
+
+
 async def _restore_one(
     lifecycle: Lifecycle, row: Row, leases: Mapping[bytes, float], background: Background
 ) -> Outcome:
@@ -90,7 +111,14 @@ async def _restore_one(
     if target is None or row.policy is None:
         await _drop(lifecycle, row, target, rebooted=rebooted)
         return Outcome.DROPPED
-    policy = await asyncio.to_thread(policy_codec.decode, row.policy, policy_codec.Clock.now())
+    try:
+        policy = await asyncio.to_thread(policy_codec.decode, row.policy, policy_codec.Clock.now())
+    except PreconditionError as error:
+        if row.id in parts.plane.pinned():  # the kernel has it
+            raise
+        policy, row = EMPTY, replace(row, acked=False)
+        effect = "nothing passes until the control plane gives it a policy"
+        log.error("policy_not_read", attachment=row.id, target=row.name, error=str(error), effect=effect)  # noqa: TRY400
     if isinstance(target, InterfaceTarget) and target.name != row.name:  # renamed meanwhile
         row = replace(row, name=target.name)
         await _noted(parts.store.move(row.id, row.name), row)

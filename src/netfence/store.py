@@ -1,13 +1,16 @@
 """What survives the daemon: attachments with their policies, and the daemon's id, in SQLite.
 
-Owns `data_dir`: its permissions, the lock that keeps a second daemon out, the schema and its version. All work on the
-database happens in one thread, away from the event loop, in small transactions. It knows nothing of kernel or network;
-policies are text to it (see `policy_codec`).
+Owns `data_dir`: its permissions, the lock that keeps a second daemon out, the database and what becomes of a damaged
+one; the tables are `schema`'s. All work on the database happens in one thread, away from the event loop, in small
+transactions. It knows nothing of kernel or network; policies are text to it (see `policy_codec`).
 
 Durability: a row is written before anything of an attachment is in the kernel (`reserve`), so that whatever an
 interrupted attach left there is found again; without fsync, because pins do not survive a power cut either. It is made
 durable with the first policy (`save`, fsync before it returns). After that every policy change is durable before it is
 acknowledged.
+
+A damaged database is read as far as it can be, and takes the name of a new one that holds what was read in its table
+`saved`: however often the daemon dies before all of that is done, the next start finds it there.
 """
 
 from __future__ import annotations
@@ -15,72 +18,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import json
 import os
 import sqlite3
 import stat
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from netfence.errors import NetfenceError, PreconditionError
+from netfence.schema import SCHEMA_VERSION, Known, Row, connect, insert, select
 
-SCHEMA_VERSION = 2  # PRAGMA user_version; raise it with every change of SCHEMA and write the migration
+__all__ = ["DATABASE", "SCHEMA_VERSION", "Row", "Store"]
+
 DATABASE = "state.db"
 LOCK = "state.lock"
-BUSY_S = 5.0  # how long a write waits for a human's sqlite3 shell; nobody else writes
+SUFFIXES = ("", "-shm", "-wal")  # of the files that SQLite keeps for a database
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS daemon (
-  id TEXT NOT NULL,
-  contact TEXT                   -- JSON: when the control plane was last there, on all clocks; NULL: never
-) STRICT;
-CREATE TABLE IF NOT EXISTS attachments (
-  id TEXT PRIMARY KEY,
-  slot INTEGER NOT NULL UNIQUE,
-  kind TEXT NOT NULL,            -- interface | cgroup
-  name TEXT NOT NULL,            -- interface name or cgroup path
-  identity TEXT NOT NULL,        -- what tells this target from a later one of the same name
-  link_kind TEXT NOT NULL,       -- kind of interface ("" for cgroups), for the look-up after a reboot
-  direction TEXT NOT NULL,       -- workload | host
-  hook TEXT NOT NULL,            -- tc | xdp
-  mechanism TEXT NOT NULL,       -- tcx | clsact | cgroup-link | ...
-  metadata TEXT NOT NULL,        -- JSON object
-  dns_host TEXT NOT NULL,
-  dns_port INTEGER NOT NULL,
-  boot_id TEXT NOT NULL,         -- of the last attach or take-over: pins of an earlier boot are gone
-  attached_at REAL NOT NULL,     -- seconds since the epoch
-  policy TEXT,                   -- see policy_codec; NULL until the first policy was acknowledged
-  policy_version TEXT NOT NULL,
-  dns_allowed INTEGER NOT NULL,
-  dns_blocked INTEGER NOT NULL,
-  acked INTEGER NOT NULL DEFAULT 1 -- 0: attached without waiting, and no control plane gave it a policy yet
-) STRICT;
-"""
-
-# From each older version to the next one.
-MIGRATIONS: dict[int, tuple[str, ...]] = {
-    1: (
-        "ALTER TABLE daemon ADD COLUMN contact TEXT",
-        "ALTER TABLE attachments ADD COLUMN acked INTEGER NOT NULL DEFAULT 1",
-    ),
-}
-
-COLUMNS = (
-    "id, slot, kind, name, identity, link_kind, direction, hook, mechanism, metadata, dns_host, dns_port,"
-    " boot_id, attached_at, policy, policy_version, dns_allowed, dns_blocked, acked"
-)
-_INSERT = f"INSERT INTO attachments ({COLUMNS}) VALUES ({', '.join('?' for _ in COLUMNS.split(','))})"  # noqa: S608 - constants
 _SAVE = (
     "UPDATE attachments SET policy=?, policy_version=?, mechanism=?, dns_allowed=?, dns_blocked=?, acked=? WHERE id=?"
 )
-_SELECT = f"SELECT {COLUMNS} FROM attachments ORDER BY attached_at, id"  # noqa: S608 - constants
+_KNOWN = "SELECT id, contact FROM daemon WHERE typeof(id) = 'text' AND typeof(contact) IN ('text', 'null')"
+_SAVE_AUDITED = (
+    "INSERT INTO audited SELECT id, ? FROM attachments WHERE id=? ON CONFLICT(id) DO UPDATE SET names=excluded.names"
+)
 
 DISK = "free disk space, or check the disk"
 _OF_THE_DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
@@ -90,42 +54,24 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One attachment as it is stored; `policy` is None until its first policy was in force (see `Store.save`)."""
-
-    id: str
-    slot: int
-    kind: str
-    name: str
-    identity: str
-    link_kind: str
-    direction: str
-    hook: str
-    mechanism: str
-    dns_host: str
-    dns_port: int
-    boot_id: str
-    attached_at: float
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    policy: str | None = None
-    policy_version: str = ""
-    dns_allowed: int = 0
-    dns_blocked: int = 0
-    acked: bool = True
-
-
 class Store:
     """The state of one daemon. Open it with `Store.open`; every method may raise NetfenceError naming the file."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock_fd: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        known: Known,
+        saved: dict[str, Row],
+        lock_fd: int,
+        pool: ThreadPoolExecutor,
+    ) -> None:
         self._path = path
         self._connection = connection
         self._lock_fd = lock_fd
         self._pool = pool
-        self.daemon_id = ""
-        self.contact: str | None = None
-        self.saved: dict[str, Row] = {}  # what could be read of a damaged database, by id
+        self.daemon_id, self.contact = known
+        self.saved = saved  # what could be read of a damaged database, by id, until `settle`
 
     @classmethod
     def open(cls, data_dir: Path) -> Store:
@@ -138,17 +84,8 @@ class Store:
         lock_fd = _lock(data_dir)
         path = data_dir / DATABASE
         pool = ThreadPoolExecutor(1, thread_name_prefix="netfence-store")
-        saved: list[Row] = []
         try:
-            try:
-                connection, daemon_id, contact = pool.submit(_connect, path).result()
-            except sqlite3.DatabaseError as error:
-                if not _is_damage(error):
-                    raise
-                saved, known = _set_aside(path, error)
-                connection, daemon_id, contact = pool.submit(_connect, path, known).result()
-            self = cls(path, connection, lock_fd, pool)
-            self.daemon_id, self.contact, self.saved = daemon_id, contact, {row.id: row for row in saved}
+            self = cls(path, *pool.submit(_open, path).result(), lock_fd, pool)
         except sqlite3.Error as error:
             pool.shutdown()
             os.close(lock_fd)
@@ -165,30 +102,32 @@ class Store:
     async def load(self) -> list[Row]:
         """Return every stored attachment, oldest first; none if the database is damaged, which is set aside then."""
         try:
-            return await self._run("load", _load)
+            return await self._run("load", lambda db: list(select(db)))
         except (NetfenceError, ValueError) as error:
             cause = error.__cause__ if isinstance(error, NetfenceError) else error
             if cause is None or not _is_damage(cause):
                 raise
             damage = cause
 
-        def replace_it() -> list[Row]:
+        def replace_it() -> dict[str, Row]:
             self._connection.close()
-            saved, _ = _set_aside(self._path, damage)
-            self._connection, _, _ = _connect(self._path, (self.daemon_id, self.contact))
+            self._connection, _, saved = _renew(self._path, damage, (self.daemon_id, self.contact))
             return saved
 
-        saved = await asyncio.get_running_loop().run_in_executor(self._pool, replace_it)
-        self.saved = {row.id: row for row in saved}
+        try:
+            self.saved = await asyncio.get_running_loop().run_in_executor(self._pool, replace_it)
+        except sqlite3.Error as error:
+            raise NetfenceError(f"replace damaged state {self._path}: {error}; {DISK}") from error
         return []
+
+    async def settle(self) -> None:
+        """Forget what was read of a damaged database: each row of it is stored again, or never will be. Durable."""
+        await self._run("settle", lambda db: db.execute("DELETE FROM saved"))
+        self.saved = {}
 
     async def reserve(self, row: Row) -> None:
         """Insert an attachment that is about to be hooked; survives our death, not a power cut (see the module)."""
-
-        def work(connection: sqlite3.Connection) -> None:
-            connection.execute(_INSERT, _values(row))
-
-        await self._run("reserve", work, durable=False)
+        await self._run("reserve", lambda db: insert(db, row), durable=False)
 
     async def save(self, row: Row, encode: Callable[[], str]) -> None:
         """Store a policy, with the row's version of it, mechanism and query counters; durable when it returns.
@@ -213,6 +152,15 @@ class Store:
 
         await self._run("save_counters", work, durable=False)
 
+    async def save_audited(self, attachment_id: str, encode: Callable[[], str]) -> None:
+        """Store the audited names of an attachment, unless it is gone; no fsync. For `encode` see `save`."""
+        text = await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+        await self._run("save_audited", lambda db: db.execute(_SAVE_AUDITED, (text, attachment_id)), durable=False)
+
+    async def load_audited(self) -> dict[str, str]:
+        """Return the stored audited names by attachment id."""
+        return await self._run("load_audited", lambda db: dict(db.execute("SELECT id, names FROM audited").fetchall()))
+
     async def save_contact(self, contact: str) -> None:
         """Store when the control plane was last there; no fsync: a power cut may make it half a minute older."""
         await self._run("save_contact", lambda db: db.execute("UPDATE daemon SET contact=?", (contact,)), durable=False)
@@ -236,7 +184,12 @@ class Store:
 
     async def remove(self, attachment_id: str) -> None:
         """Delete an attachment; one that is not there is no error."""
-        await self._run("remove", lambda db: db.execute("DELETE FROM attachments WHERE id=?", (attachment_id,)))
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM attachments WHERE id=?", (attachment_id,))
+            connection.execute("DELETE FROM audited WHERE id=?", (attachment_id,))
+
+        await self._run("remove", work)
 
     async def close(self) -> None:
         """Close the database and let go of the directory. Idempotent."""
@@ -307,73 +260,74 @@ def _is_damage(error: BaseException) -> bool:
     )
 
 
-def _set_aside(path: Path, damage: BaseException) -> tuple[list[Row], tuple[str, str | None] | None]:
-    """Rename a damaged database; return what can be read of it: rows, and the daemon's id and last contact."""
-    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-    for suffix in ("-shm", "-wal", ""):  # the log first: a new database must not find it
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
-    rows: list[Row] = []
-    known = None
-    connection = sqlite3.connect(f"file:{aside}?mode=ro", uri=True)
-    with contextlib.closing(connection), contextlib.suppress(sqlite3.Error, ValueError, TypeError):
-        known = connection.execute("SELECT id, contact FROM daemon").fetchone()
-        for values in connection.execute(_SELECT.partition(" ORDER")[0]):
-            rows.append(_row(values))  # noqa: PERF401 - those before the damage count
-    effect = "fences stay in force and are recovered from the kernel; metadata and names may be lost"
-    log.critical("state_damaged", file=str(path), error=str(damage), moved_to=str(aside), read=len(rows), effect=effect)
-    return rows, known
-
-
-def _connect(path: Path, known: tuple[str, str | None] | None = None) -> tuple[sqlite3.Connection, str, str | None]:
-    """Open the database in this thread; return it, the daemon id and when the control plane was last there.
-
-    `known`: those two, for a new database.
-    """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+def _open(path: Path) -> tuple[sqlite3.Connection, Known, dict[str, Row]]:
+    """Open the database, or a new one in place of a damaged one; return it with what it knows and what was saved."""
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA trusted_schema=OFF")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        _check_version(path, version)
-        connection.execute("BEGIN IMMEDIATE")
-        for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
-            for statement in MIGRATIONS[older]:
-                connection.execute(statement)
-        for statement in SCHEMA.split(";\n"):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        if (row := connection.execute("SELECT id, contact FROM daemon").fetchone()) is None:
-            row = known or (str(uuid.uuid4()), None)
-            connection.execute("INSERT INTO daemon VALUES (?, ?)", row)
-        connection.execute("COMMIT")
+        connection, known = connect(path)
+    except sqlite3.DatabaseError as error:
+        if not _is_damage(error):
+            raise
+        return _renew(path, error)
+    try:
+        return connection, known, {row.id: row for row in select(connection, "saved")}
+    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+        connection.close()
+        if not _is_damage(error):
+            raise
+        return _renew(path, error, known)
     except BaseException:
         connection.close()
         raise
-    return connection, str(row[0]), row[1]
 
 
-def _check_version(path: Path, version: int) -> None:
-    if version not in (0, *MIGRATIONS, SCHEMA_VERSION):
-        raise PreconditionError(
-            f"open state {path}: schema version {version}, this netfenced reads {SCHEMA_VERSION};"
-            " run the version that wrote it, or move the file away to start without state"
-        )
+def _renew(
+    path: Path, damage: BaseException, known: Known | None = None
+) -> tuple[sqlite3.Connection, Known, dict[str, Row]]:
+    """Put a new database with what can be read of a damaged one in its place, and return it as `_open` does.
+
+    The new one is whole before it takes the name, and the damaged one keeps its own until then.
+    """
+    found, read = _read(path)
+    fresh = path.with_name(f"{path.name}.new")
+    for suffix in SUFFIXES:  # what a start that was cut short left
+        fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
+    connection, _ = connect(fresh, known or found)
+    with contextlib.closing(connection):
+        connection.execute("BEGIN")
+        for row in read.values():
+            try:
+                insert(connection, row, "saved")
+            except (sqlite3.IntegrityError, sqlite3.ProgrammingError, TypeError) as error:
+                log.error("saved_row_makes_no_sense", attachment=row.id, error=str(error), effect="it is lost")  # noqa: TRY400
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode=DELETE")  # or what its log has would not go with it
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    try:
+        os.link(path, aside)
+        for suffix in SUFFIXES[1:]:  # a new database must not find the log of another
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+        fresh.replace(path)
+    except OSError as error:
+        what = f"set damaged state {path} aside as {aside}: {error.strerror}"
+        raise PreconditionError(f"{what}; {DISK}, or move the file away") from error
+    effect = "fences stay in force; they are known again from the kernel and what was read; the rest is lost"
+    log.critical("state_damaged", file=str(path), error=str(damage), moved_to=str(aside), read=len(read), effect=effect)
+    connection, known = connect(path)
+    return connection, known, {row.id: row for row in select(connection, "saved")}
 
 
-def _load(connection: sqlite3.Connection) -> list[Row]:
-    return [_row(values) for values in connection.execute(_SELECT).fetchall()]
-
-
-def _row(values: Sequence[Any]) -> Row:
-    data = dict(zip([name.strip() for name in COLUMNS.split(",")], values, strict=True))
-    metadata, acked = json.loads(data.pop("metadata")), bool(data.pop("acked"))
-    return replace(Row(**data), metadata=metadata, acked=acked)
-
-
-def _values(row: Row) -> tuple[object, ...]:
-    metadata = json.dumps(dict(row.metadata), sort_keys=True)
-    data = {name: getattr(row, name) for name in Row.__dataclass_fields__} | {"metadata": metadata}
-    return tuple(data[name.strip()] for name in COLUMNS.split(","))
+def _read(path: Path) -> tuple[Known | None, dict[str, Row]]:
+    """Return what can be read of a damaged database: what was saved of one before it, and rows from both their ends."""
+    known: Known | None = None
+    rows: dict[str, Row] = {}
+    unreadable = (sqlite3.Error, ValueError, TypeError)
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with contextlib.suppress(*unreadable):
+            (known,) = connection.execute(_KNOWN).fetchall()
+        for table in ("saved", "attachments"):
+            for order in ("rowid", "rowid DESC"):
+                with contextlib.suppress(*unreadable):
+                    for row in select(connection, table, order):
+                        rows[row.id] = row
+    return known, rows

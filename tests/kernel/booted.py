@@ -67,20 +67,20 @@ class Booted:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            units = self._write_files()
+            command = self._boot()
             group = Cgroup(f"systemd-{id(self):x}")
             stack.callback(group.remove)
             unshare = ["unshare", "--pid", "--fork", "--mount", "--uts", "--ipc", "--cgroup"]
             with (self._directory / "console").open("ab") as console:
                 process = spawn(
-                    [*unshare, "sh", "-c", BOOT, SYSTEMD, str(units)],
+                    [*unshare, *command],
                     netns=self._place.host, cgroup=group, stdout=console, stderr=console,
                 )  # fmt: skip
             stack.callback(process.wait)
             stack.callback(process.kill)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             self._first = int(wait_for(lambda: children.read_text().split(), "systemd to be started")[0])
-            wait_for(lambda: self.shows("ActiveState") == "active", "the service to be ready", START_TIMEOUT_S)
+            self.wait_ready()
             self._close = stack.pop_all()
         return self
 
@@ -88,6 +88,14 @@ class Booted:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close.close()
+
+    def _boot(self) -> list[str]:
+        """Give what runs as the first process of new namespaces and becomes systemd."""
+        return ["sh", "-c", BOOT, SYSTEMD, str(self._write_files())]
+
+    def wait_ready(self) -> None:
+        """Wait until the service is."""
+        wait_for(lambda: self.shows("ActiveState") == "active", "the service to be ready", START_TIMEOUT_S)
 
     def _write_files(self) -> Path:
         """Write the units and the configuration; return where the units are."""
@@ -115,10 +123,10 @@ class Booted:
         (drop_ins / "test.conf").write_text(told)
         return units
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, timeout_s: float = 30) -> str:
         """Run a command beside systemd; return what it prints."""
         entered = ["nsenter", "--target", str(self._first), "--all", "--", *command]
-        done = subprocess.run(entered, capture_output=True, text=True, check=False, timeout=30 * SLOWNESS)
+        done = subprocess.run(entered, capture_output=True, text=True, check=False, timeout=timeout_s * SLOWNESS)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.said()}"
         return done.stdout
 

@@ -141,6 +141,22 @@ def test_a_replacement_that_fails_leaves_the_old_policy(
             assert arrived(topology, workload, to) == 0
 
 
+def test_a_single_change_goes_into_the_table_in_force(topology: Topology, fence: Fence, workload: Workload) -> None:
+    """The same policy index has another table under it each time: never the one that was open for the last change."""
+    to, indices = ALLOWED["ipv4"], []
+    with fence.interface(workload.host_if) as fenced:
+        for seed in range(1, 6):
+            fenced.switch(policy(seed, Mode.ALLOWLIST, [], [], 4))
+            with fenced.counts(Reason.DEFAULT_DROP, 3):
+                assert arrived(topology, workload, to) == 0
+            fenced.allow(to)
+            with fenced.counts(Reason.ALLOW_RULE, 3):
+                assert arrived(topology, workload, to) == 3
+            fence.settle()  # the index before is free, and the next one
+            indices.append(fence.plane._slots[fenced.slot].index)
+    assert len(set(indices)) < len(indices)
+
+
 def test_a_closed_lease_is_shut_when_the_call_returns(topology: Topology, fence: Fence, workload: Workload) -> None:
     to = ALLOWED["ipv4"]
     frame = workload.bytes_of(packets.UDP4, to, Tag())

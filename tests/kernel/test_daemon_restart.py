@@ -209,6 +209,31 @@ def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start:
     daemon.start()
 
 
+@pytest.mark.parametrize("over", ["before", "meanwhile"])
+@pytest.mark.parametrize("how", ["stop", "kill -9"])
+def test_what_has_expired_stays_expired(topology: Topology, start: Start, how: str, over: str) -> None:
+    """What is stored names it still."""
+    workload = topology.add_veth()
+    rules = [{"cidr": OUTSIDE4, "ttl": "2s"}, OUTSIDE6]
+    daemon = start(topology, policy={"default": {"mode": "allowlist", "allow_cidrs": rules}})
+    daemon.attach(interface=workload.host_if)
+
+    def expire() -> None:
+        wait_for(lambda: topology.arrived(workload, UDP4, OUTSIDE4) == 0, "the TTL to end")
+
+    if over == "before":
+        expire()
+    end(daemon, how)
+    if over == "meanwhile":
+        expire()
+    for _ in range(2):
+        daemon.start()
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+        assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+        end(daemon, how)
+    daemon.start()
+
+
 def test_a_lost_dns_port_is_waited_for_and_the_fence_stays(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()
     daemon = start(topology, policy=POLICY)

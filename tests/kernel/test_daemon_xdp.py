@@ -177,6 +177,9 @@ def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(topology: Topolo
     info = daemon.info(attached.id)
     assert (info.hook, info.attach_mechanism) == (daemon_pb2.HOOK_XDP, daemon.info(tc.id).attach_mechanism)
     assert (topology.arrived(workload, UDP4, OUTSIDE4), topology.arrived(workload, UDP6, OUTSIDE6)) == (3, 0)
+    workload.inside.ip("link set eth0 mtu 1500")
+    daemon.restart()
+    assert daemon.info(attached.id).attach_mechanism == "xdp-native"
     daemon.set_policy({"default": {"mode": "block_all"}})
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
     for each in (attached, tc):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,17 @@ def gone(path: Path) -> None:
 def holes(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4096:] = os.urandom(len(content) - 4096)
+    path.write_bytes(content)
+
+
+def page(path: Path) -> None:
+    """Break one page that every start reads; all of the attachments can be read still."""
+    with closing(sqlite3.connect(path)) as state:
+        ((number, size),) = state.execute(
+            "SELECT rootpage, page_size FROM sqlite_schema, pragma_page_size WHERE name = 'daemon'"
+        ).fetchall()
+    content = bytearray(path.read_bytes())
+    content[(number - 1) * size : number * size] = os.urandom(size)
     path.write_bytes(content)
 
 
@@ -90,20 +103,35 @@ class Scene:
         return True
 
     def enforced(self) -> None:
+        self.interfaces_enforced()
+        self.cgroup_enforced()
+
+    def interfaces_enforced(self) -> None:
         for veth in self.veths[:2]:
             for address in (ALLOWED4, ALLOWED6, LEARNED4, TTL4):
                 assert self.passes(veth, address), (veth.host_if, address)
             for address in (DENIED4, OTHER4, OTHER6):
                 assert not self.passes(veth, address), (veth.host_if, address)
+
+    def cgroup_enforced(self) -> None:
         assert [self.sends(address) for address in (ALLOWED4, LEARNED4, TTL4)] == [True] * 3
         assert [self.sends(address) for address in (DENIED4, OTHER4)] == [False] * 2
 
     def told(self) -> list[tuple[Any, ...]]:
-        listed = {info.id: info for info in self.daemon.attachments()}
-        return [
-            (info.target, info.hook, info.direction, info.dns_address, info.mode)
-            for info in (listed[each.id] for each in self.attached)
-        ]
+        return [self.told_of(info) for info in (self.daemon.info(each.id) for each in self.attached)]
+
+    def told_of(self, info: Any) -> tuple[Any, ...]:
+        return (info.target, info.hook, info.attach_mechanism, info.direction, info.dns_address, info.mode)
+
+    def take_everything_off(self) -> None:
+        """Leave in the kernel what a reboot leaves: nothing."""
+        pins = self.daemon.pins.rglob("*")
+        for pin in sorted(pins, key=lambda path: len(path.parts), reverse=True):
+            pin.rmdir() if pin.is_dir() else pin.unlink()
+        for veth in self.veths[:2]:
+            self.topology.host.run("tc", "qdisc", "del", "dev", veth.host_if, "clsact", check=False)
+            wait_for(lambda: self.passes(veth, OTHER4), "its links to be gone")  # noqa: B023
+        wait_for(lambda: self.sends(OTHER4), "the cgroup's links to be gone")
 
 
 @pytest.fixture(params=[pytest.param(True, id="tcx"), pytest.param(False, id="clsact")])
@@ -112,7 +140,7 @@ def scene(request: pytest.FixtureRequest, fresh: Fresh, tmp_path: Path) -> Itera
         yield Scene(stack, fresh, tmp_path, tcx=request.param)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.userspace
 @pytest.mark.parametrize("how", ["stop", "kill -9"])
 @pytest.mark.parametrize("damage", [garbage, cut, gone, holes])
@@ -157,7 +185,7 @@ def test_attachments_are_known_again_from_the_kernel(scene: Scene, damage: Calla
     scene.enforced()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.userspace
 def test_a_target_that_went_meanwhile_is_dropped(scene: Scene) -> None:
     daemon = scene.daemon
@@ -171,3 +199,61 @@ def test_a_target_that_went_meanwhile_is_dropped(scene: Scene) -> None:
     assert [info.id for info in daemon.attachments()] == [scene.attached[1].id]
     assert {pin.rpartition("-")[0] for pin in daemon.link_pins()} == {scene.attached[1].id}
     daemon.attach(interface=scene.veths[2].host_if)
+
+
+@pytest.mark.timeout(180)  # the programs are compiled anew
+@pytest.mark.userspace
+@pytest.mark.parametrize("reboot", [True, False], ids=["reboot", "pins lost"])
+def test_what_nothing_pins_is_fenced_again_as_far_as_it_can_be_read(scene: Scene, *, reboot: bool) -> None:
+    """After a reboot the damaged file is all there is; and pins may be lost within one boot."""
+    daemon, before = scene.daemon, scene.told()
+    assert daemon.stop() == 0
+    scene.plane.kill()
+    scene.take_everything_off()
+    database = daemon.directory / "data" / DATABASE
+    if reboot:
+        with closing(sqlite3.connect(database)) as state, state:
+            state.execute("UPDATE attachments SET boot_id = 'the boot before'")
+            state.execute("UPDATE attachments SET identity = 9000 + slot WHERE kind = 'interface'")
+    page(database)
+    daemon.start()
+    assert len(daemon.events("state_damaged")) == 1
+    left = scene.attached[: 2 if reboot else 3]  # no cgroup outlives a reboot
+    assert [info.id for info in daemon.attachments()] == [each.id for each in left]
+    for _ in range(2):
+        assert [scene.told_of(daemon.info(each.id)) for each in left] == before[: len(left)]
+        assert daemon.info(left[0].id).metadata == {"tenant": "a"}
+        for each, agent in zip(left, scene.agents, strict=False):
+            assert [str(one.rdata) for one in agent.query(each.dns, "good.test").rr] == [LEARNED4]
+        scene.interfaces_enforced()
+        if not reboot:
+            scene.cgroup_enforced()
+        daemon.restart()  # an ordinary one
+        assert len(daemon.events("state_damaged")) == 1
+    scene.plane.start()
+    for each in left:
+        scene.plane.wait_event("subscribed", id=each.id)  # whether there is anything newer
+
+
+@pytest.mark.timeout(180)  # the programs are compiled anew
+@pytest.mark.userspace
+@pytest.mark.parametrize("scene", [True], indirect=True, ids=["tcx"])
+def test_a_start_that_fails_loses_nothing_of_it(scene: Scene) -> None:
+    daemon = scene.daemon
+    assert daemon.stop() == 0
+    scene.plane.kill()
+    scene.take_everything_off()
+    page(daemon.directory / "data" / DATABASE)
+    held = os.open(daemon.pins, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        daemon.launch()
+        assert "another netfenced uses it" in daemon.ended_saying()
+    finally:
+        os.close(held)
+    daemon.start()
+    assert len(daemon.events("state_damaged")) == 1
+    assert len(daemon.attachments()) == 3
+    for each, agent in zip(scene.attached, scene.agents, strict=True):
+        assert [str(one.rdata) for one in agent.query(each.dns, "good.test").rr] == [LEARNED4]
+    scene.enforced()

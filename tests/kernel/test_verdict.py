@@ -24,6 +24,7 @@ from harness.cgroup import Cgroup
 from harness.fence import Attachment, Fence
 from harness.topology import Topology, Workload
 from harness.wire import Tag, arp_sentinel
+from netfence.attachment import start_policy
 from netfence.dataplane.target import Direction
 from netfence.policy.commands import CidrSpec
 from netfence.policy.limits import MAX_TTL_NESTING
@@ -298,6 +299,9 @@ def test_start_mode_holds_until_the_first_policy(
         gate = Gate(attachment, _packet_sender(topology, workload))
         for family in SHAPES:
             gate.expect(family, reason)
+        # As the next daemon does where nobody has given a policy yet.
+        fence.run(fence.plane.apply(attachment.slot, start_policy(start_mode), None, start=True))
+        gate.expect("ipv4", reason)
         attachment.replace(Mode.ALLOWLIST, audit=True)
         with attachment.counts(Reason.DEFAULT_DROP, COUNT, would=True):
             assert gate.send("ipv4")[0] == COUNT

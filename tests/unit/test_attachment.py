@@ -49,6 +49,7 @@ class FakeKernel:
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
+        self.start = True
         self.leases: dict[bytes, float] = {}
         self.calls: list[str] = []
         self.fail: dict[str, Exception] = {}
@@ -60,14 +61,14 @@ class FakeKernel:
         if (failure := self.fail.pop(name, None)) is not None:
             raise failure
 
-    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
+    async def apply(self, slot: int, policy: Policy, old: Policy | None, *, start: bool = False) -> None:
         assert slot == ROW.slot
         assert old is None or old == self.policy
         if self.switching is not None:
             await self.switching.wait()
         await asyncio.sleep(0)
         self._called("apply")
-        self.policy = policy
+        self.policy, self.start = policy, start
 
     def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
         assert slot == ROW.slot
@@ -588,8 +589,12 @@ def test_counts_names_and_forms() -> None:
         assert (bench.store.row.dns_allowed, bench.store.row.dns_blocked) == (1, 2)
         with capture_logs() as logs:
             bench.one.note_audit("bad.test", [A], "no rule")
-            bench.one.note_audit("bad.test", [A], "no rule")
+            bench.one.note_audit("bad.test", [B], "no rule", ["cdn.test"])
         assert [(entry["event"], entry["name"]) for entry in logs] == [("would_deny_name", "bad.test")]
+        ((name, known),) = bench.one.audited.names()
+        assert (name, known.queries, list(known.addresses), known.chain) == ("bad.test", 2, [A, B], ("cdn.test",))
+        bench.one.end()
+        assert len(bench.one.audited) == 0
         bench.one.rename("veth9")
         assert bench.one.view().target == "veth9"
         assert bench.one.view().dns_address == "127.0.0.1:11000"
@@ -848,10 +853,10 @@ def test_together_refused_each_command_has_a_fate_of_its_own(who: str) -> None:
     async def work(bench: Bench) -> None:
         switch, save = bench.kernel.apply, bench.store.save
 
-        async def small_switch(slot: int, policy: Policy, old: Policy | None) -> None:
+        async def small_switch(slot: int, policy: Policy, old: Policy | None, **how: bool) -> None:
             if who == "kernel" and len(policy.cidrs) > 2:
                 raise ExhaustedError("the kernel is full")
-            await switch(slot, policy, old)
+            await switch(slot, policy, old, **how)
 
         async def small_save(row: Row, encode: Callable[[], str]) -> None:
             if who == "store" and len(decode(encode(), Clock.now()).cidrs) > 2:
@@ -1014,9 +1019,9 @@ def test_stale_a_take_over_is_never_open() -> None:
         switched: list[Policy] = []
         switch = bench.kernel.apply
 
-        async def noted(slot: int, policy: Policy, old: Policy | None) -> None:
+        async def noted(slot: int, policy: Policy, old: Policy | None, **how: bool) -> None:
             switched.append(policy)
-            await switch(slot, policy, old)
+            await switch(slot, policy, old, **how)
 
         bench.kernel.apply = noted  # type: ignore[method-assign]
         one = bench.made(bench.one.policy)
@@ -1095,6 +1100,31 @@ def test_who_did_not_wait_is_stored_as_unacked_until_a_whole_policy_comes() -> N
     on_bench(work, names=False)
 
 
+def test_taken_over_before_anybody_gave_a_policy_it_is_in_start_mode_still() -> None:
+    async def work(bench: Bench) -> None:
+        await bench.one.begin(None)
+        for mode in (Mode.BLOCK_ALL, Mode.DISABLED):
+            again = bench.made(start_policy(mode))
+            again.row = replace(ROW, acked=False)
+            await again.take_over(nothing)
+            assert (bench.kernel.policy, bench.kernel.start) == (start_policy(mode), True)
+            await again.take_over(nothing)  # as after a detach that failed
+            assert bench.kernel.start
+            again._control = Away(away=True)
+            await again.take_over(nothing)
+            assert (bench.kernel.start, mode_of(again)) == (False, Mode.BLOCK_ALL)
+            again._control = NoControl()
+            await again.apply(AllowCidr("10.0.0.0/8"), "v1")  # nobody acked, and yet it has rules now
+            assert not bench.kernel.start
+            await again.take_over(nothing)
+            assert not bench.kernel.start
+        acked = bench.made(start_policy(Mode.BLOCK_ALL))
+        await acked.take_over(nothing)
+        assert not bench.kernel.start
+
+    on_bench(work, names=False)
+
+
 def test_a_whole_policy_that_was_refused_acks_nothing() -> None:
     async def work(bench: Bench) -> None:
         await bench.one.begin(None)
@@ -1144,10 +1174,10 @@ def test_a_defect_costs_its_command_and_not_the_others() -> None:
     async def work(bench: Bench) -> None:
         switch = bench.kernel.apply
 
-        async def breaks(slot: int, policy: Policy, old: Policy | None) -> None:
+        async def breaks(slot: int, policy: Policy, old: Policy | None, **how: bool) -> None:
             if policy.mode is Mode.DENYLIST:
                 raise OSError(5, "secret of ours")
-            await switch(slot, policy, old)
+            await switch(slot, policy, old, **how)
 
         bench.kernel.apply = breaks  # type: ignore[method-assign]
         with capture_logs() as logs:
@@ -1254,3 +1284,18 @@ def test_made_while_stale_and_begun_unacked_when_it_is_over_it_says_what_the_ker
         assert one.view().policy_hash == start.hash()
 
     on_bench(work, names=False)
+
+
+def test_names_and_the_addresses_that_they_opened_are_told_both_ways() -> None:
+    async def work(bench: Bench) -> None:
+        bench.one.learn("a.test", [B, A], 60)
+        bench.one.learn("x.b.test", [B], 60)
+        assert (bench.one.held_by("a.test"), bench.one.held_by("x.b.test")) == ((A, B), (B,))
+        assert (bench.one.held_by("nobody.test"), bench.one.names_of(B)) == ((), ("a.test", "x.b.test"))
+        assert bench.one.leased_names() == ["a.test", "x.b.test"]
+        await bench.one.apply(RemoveDomain("a.test"), "v2")
+        assert bench.one.held_by("a.test") == ()
+        assert bench.one.leased_names() == ["x.b.test"]
+        assert bench.one.commanded is bench.one.policy
+
+    on_bench(work)

@@ -444,7 +444,8 @@ def test_help_has_examples_that_parse(path: tuple[str, ...]) -> None:
 
 def test_every_command_of_this_stage_is_there() -> None:
     assert {" ".join(path) for path in _commands(cli)} == {
-        *("start", "attach", "detach", "list", "status", "policy check", "config show", "controlplane")
+        *("start", "attach", "detach", "list", "status", "policy check", "config show", "controlplane"),
+        *("why", "suggest", "watch", "top"),
     }
 
 

@@ -60,6 +60,7 @@ class FakePlane:
         self.calls: list[str] = []
         self.fail: dict[str, Exception] = {}
         self.forgotten: list[tuple[int, int]] = []
+        self.xdp: set[str] = set()  # attachments that have XDP too
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -87,6 +88,10 @@ class FakePlane:
 
     tc_mechanism = "tcx"
 
+    async def mechanism(self, target: Target, name: str) -> str:
+        assert self.hooked[name] == key_of(target)[1]
+        return "xdp-native" if name in self.xdp else self.tc_mechanism
+
     def front(self, target: Target, direction: Direction | None, name: str) -> list[str]:
         del target, direction, name
         self._called("front")
@@ -99,10 +104,12 @@ class FakePlane:
         del slot, direction
         await asyncio.sleep(0)
         self._called("restore")
-        if static.xdp:
-            self._called("restore xdp")
         whole = name in self.hooked
         self.hooked[name] = key_of(target)[1]
+        self.xdp.discard(name)
+        if static.xdp:
+            self._called("restore xdp")
+            self.xdp.add(name)
         return whole
 
     async def put_back(self, slot: int, target: Target, direction: Direction | None, name: str) -> bool:
@@ -121,7 +128,8 @@ class FakePlane:
     def forget_interface(self, slot: int, ifindex: int) -> None:
         self.forgotten.append((slot, ifindex))
 
-    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
+    async def apply(self, slot: int, policy: Policy, old: Policy | None, *, start: bool = False) -> None:
+        del start
         assert old is None or old == self.policies[slot]
         await asyncio.sleep(0)
         self._called("apply")

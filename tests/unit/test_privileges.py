@@ -54,6 +54,8 @@ def test_groups_of_the_socket() -> None:
     other = next(entry.gr_name for entry in grp.getgrall() if entry.gr_gid not in own)
     assert needed(socket_group=ours) == []
     assert needed(socket_group=other) == ["CAP_CHOWN"]
+    assert needed(socket_group=str(os.getegid())) == []
+    assert needed(socket_group=str(max(own) + 1)) == ["CAP_CHOWN"]
     assert needed(socket_group="no-such-group") == []  # which is another fault, told elsewhere
 
 

@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 from tests.unit.test_lifecycle import PORTS, Bench, FakePlane, _targets, interface, until
+from tests.unit.test_store import damage_daemon_table
 
 from netfence import restore as module
+from netfence.control.port import UnsubscribeReason
 from netfence.errors import NetfenceError, PreconditionError
 from netfence.hosting import Host
 from netfence.lifecycle import key_of
 from netfence.policy.commands import DenyDomain, SetMode
 from netfence.policy.modes import Mode
+from netfence.policy.policy import EMPTY
 from netfence.restore import Outcome, restore
-from netfence.store import Row
+from netfence.store import DATABASE, Row, Store
 
 __all__ = ["_targets"]
 
@@ -60,6 +63,36 @@ def after_restart(
         last = replace(stored[-1], **changes)  # type: ignore[arg-type]
         await bench.store.remove(last.id)
         await bench.store.reserve(last)
+        try:
+            await work(bench)
+        finally:
+            await bench.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def after_damage(
+    directory: Path,
+    work: Callable[[Bench], Awaitable[None]],
+    *,
+    rows: tuple[str, ...] = ("veth7",),
+    starts_that_failed: int = 0,
+    **changes: object,
+) -> None:
+    """Attach `rows`, change what is stored, damage the database, lose every pin, and do `work` in the next daemon."""
+
+    async def test() -> None:
+        before = Bench(directory)
+        for name in rows:
+            await before.attach(name)
+        for row in await before.store.load():
+            await before.store.remove(row.id)
+            await before.store.reserve(replace(row, **changes))  # type: ignore[arg-type]
+        await before.close()
+        damage_daemon_table(directory / DATABASE)
+        for _ in range(starts_that_failed):
+            await Store.open(directory).close()
+        bench = Bench(directory)
         try:
             await work(bench)
         finally:
@@ -174,6 +207,14 @@ def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(tmp_path: Path) 
     after_restart(tmp_path, work, hook="xdp")
 
 
+def test_xdp_that_was_refused_once_is_told_when_it_is_back(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 1})
+        assert bench.only().row.mechanism == "xdp-native"
+
+    after_restart(tmp_path, work, hook="xdp", mechanism="tcx")
+
+
 def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         bench.plane.hooked.clear()
@@ -194,6 +235,76 @@ def test_after_a_reboot_a_failed_attach_is_told_as_what_it_is_and_tried_again(tm
         assert row.boot_id == "boot"
 
     after_restart(tmp_path, work, boot_id="the boot before")
+
+
+@pytest.mark.parametrize("starts_that_failed", [0, 2])
+@pytest.mark.parametrize("boot", ["boot", "the boot before"])
+def test_what_is_read_of_a_damaged_database_is_fenced_again(tmp_path: Path, boot: str, starts_that_failed: int) -> None:
+    """After a reboot nothing is pinned; within one boot pins were lost. Neither may open anything."""
+
+    async def work(bench: Bench) -> None:
+        outcome = Outcome.TAKEN_OVER if boot == "boot" else Outcome.HOOKED_ANEW
+        assert await restored(bench) == Counter({outcome: 2})
+        assert set(bench.plane.hooked.values()) == {7, 8}
+        assert {policy.mode for policy in bench.plane.policies.values()} == {Mode.BLOCK_ALL}
+        for live in bench.lifecycle.every():
+            assert not live.row.acked  # the control plane is asked whether there is something newer
+            assert live.row.boot_id == "boot"
+        assert {live.row.dns_port for live in bench.lifecycle.every()} == {PORTS[0], PORTS[0] + 1}
+        assert {row.id for row in await bench.store.load()} == set(bench.plane.hooked)
+        assert bench.store.saved == {}
+        assert bench.control.unsubscribed == []
+
+    after_damage(tmp_path, work, rows=("veth7", "veth8"), starts_that_failed=starts_that_failed, boot_id=boot)
+
+
+def test_nothing_is_hooked_before_all_that_was_saved_is_stored(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        attach = bench.plane.attach
+
+        async def look(*arguments: Any) -> str:
+            assert len(await bench.store.load()) == 2
+            return await attach(*arguments)
+
+        bench.plane.attach = look  # type: ignore[method-assign,assignment]
+        assert await restored(bench) == Counter({Outcome.HOOKED_ANEW: 2})
+
+    after_damage(tmp_path, work, rows=("veth7", "veth8"), boot_id="the boot before")
+
+
+def test_of_what_is_saved_an_unfinished_attach_and_a_target_that_is_gone_are_dropped(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [{"policy": None}, {"identity": str(GONE)}]
+    for number, changes in enumerate(cases):
+
+        async def work(bench: Bench, told: int = number) -> None:
+            assert await restored(bench) == Counter({Outcome.DROPPED: 1})
+            assert bench.control.unsubscribed == [UnsubscribeReason.REMOVED] * told
+            assert await bench.store.load() == []
+
+        after_damage(tmp_path / str(number), work, boot_id="the boot before", **changes)
+
+
+def test_a_saved_attachment_whose_place_is_anothers_is_told_to_be_removed(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        assert await restored(bench) == Counter({Outcome.HOOKED_ANEW: 1})
+        assert bench.plane.hooked == {bench.only().row.id: 8}  # the later one
+        assert bench.control.unsubscribed == [UnsubscribeReason.REMOVED]
+
+    after_damage(tmp_path, work, rows=("veth7", "veth8"), boot_id="the boot before", dns_port=PORTS[0])
+
+
+def test_after_a_reboot_a_policy_that_cannot_be_read_is_block_all(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        bench.plane.hooked.clear()
+        bench.plane.policies.clear()
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.HOOKED_ANEW: 1})
+        assert [one["attachment"] for one in logs if one["event"] == "policy_not_read"] == [bench.only().row.id]
+        live = bench.only()
+        assert bench.plane.policies == {live.row.slot: EMPTY}
+        assert not live.attachment.view().acked
+
+    after_restart(tmp_path, work, policy="{damaged", boot_id="the boot before")
 
 
 def test_trying_again_ends_with_the_attachment(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from netfence import store as module
+from netfence import schema
 from netfence.errors import NetfenceError, PreconditionError
 from netfence.store import DATABASE, SCHEMA_VERSION, Row, Store
 
@@ -186,6 +187,7 @@ def test_what_can_be_read_of_a_damaged_file_is_saved(tmp_path: Path) -> None:
         assert 0 < len(store.saved) < 60
         assert {row.policy for row in store.saved.values()} == {"x" * 3000}
         assert [store.daemon_id] == known
+        assert {"000", "059"} <= set(store.saved)  # before the damage and behind it
         await store.reserve(ROW)
         assert await store.load() == [ROW]
 
@@ -193,11 +195,105 @@ def test_what_can_be_read_of_a_damaged_file_is_saved(tmp_path: Path) -> None:
     assert len(aside(tmp_path)) == 1
 
     async def again(store: Store) -> None:
-        assert await store.load() == [ROW]
-        assert [store.daemon_id] == known
+        await look_again(store)
+        await store.settle()
         assert store.saved == {}
 
-    with_store(tmp_path, again)
+    async def look_again(store: Store) -> None:
+        """As long as nobody says that all of it is done, it is there, whatever became of the daemon meanwhile."""
+        assert await store.load() == [ROW]
+        assert [store.daemon_id] == known
+        assert store.saved["059"] == replace(ROW, id="059", slot=60, policy="x" * 3000)
+
+    async def settled(store: Store) -> None:
+        assert (await store.load(), store.saved) == ([ROW], {})
+
+    for step in (look_again, again, settled):
+        with_store(tmp_path, step)
+    assert len(aside(tmp_path)) == 1
+
+
+def test_what_was_saved_survives_damage_of_the_new_database(tmp_path: Path) -> None:
+    async def fill(store: Store) -> None:
+        for number in range(3):
+            await store.reserve(replace(ROW, id=str(number), slot=number + 1, attached_at=float(number)))
+
+    async def damage(store: Store) -> None:
+        assert set(store.saved) == {"0", "1", "2"}
+        await store.reserve(replace(ROW, id="2", slot=7))  # as one of them is stored again
+
+    async def look(store: Store) -> None:
+        assert {name: row.slot for name, row in store.saved.items()} == {"0": 1, "1": 2, "2": 7}
+
+    with_store(tmp_path, fill)
+    for step in (damage, look):
+        damage_daemon_table(tmp_path / DATABASE)
+        with_store(tmp_path, step)
+    assert len(aside(tmp_path)) == 2
+
+
+def damage_daemon_table(path: Path) -> None:
+    """Damage what every start reads, and no attachment."""
+    connection = sqlite3.connect(path)
+    ((page, size),) = connection.execute(
+        "SELECT rootpage, page_size FROM sqlite_schema, pragma_page_size WHERE name = 'daemon'"
+    ).fetchall()
+    connection.close()
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * size : page * size] = b"\xff" * size
+    path.write_bytes(content)
+
+
+def test_a_damaged_file_keeps_its_name_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fill(store: Store) -> None:
+        await store.reserve(ROW)
+
+    with_store(tmp_path, fill)
+    damage_daemon_table(tmp_path / DATABASE)
+    before = (tmp_path / DATABASE).read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        with pytest.raises(PreconditionError, match=r"set damaged state .* aside .*: No space left on device; free"):
+            Store.open(tmp_path)
+    assert (tmp_path / DATABASE).read_bytes() == before
+
+    async def look(store: Store) -> None:
+        assert store.saved == {"one": ROW}
+
+    with_store(tmp_path, look)
+    assert [file.read_bytes() for file in aside(tmp_path)] == [before]
+    assert not list(tmp_path.glob("*.new*"))
+
+
+def test_a_row_that_makes_no_sense_is_left_behind(tmp_path: Path) -> None:
+    async def fill(store: Store) -> None:
+        await store.reserve(ROW)
+        await store.reserve(replace(ROW, id="two", slot=2))
+        await store.reserve(replace(ROW, id="three", slot=3))
+
+    with_store(tmp_path, fill)
+    path = tmp_path / DATABASE
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA writable_schema=ON")
+    connection.execute("UPDATE sqlite_schema SET sql = replace(sql, ' STRICT', '')")
+    connection.commit()
+    connection.close()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE attachments SET slot = 'rubbish' WHERE id = 'two'")
+    connection.commit()
+    connection.close()
+    damage_daemon_table(path)
+
+    async def look(store: Store) -> None:
+        assert set(store.saved) == {"one", "three"}
+
+    with_store(tmp_path, look)
 
 
 def test_the_log_of_a_damaged_file_does_not_reach_the_new_one(tmp_path: Path) -> None:
@@ -362,11 +458,11 @@ def test_the_first_schema_is_brought_up_to_date_with_everything_in_it(tmp_path: 
 
 def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_schema_1(tmp_path, ROW)
-    good = module.MIGRATIONS[1]
-    monkeypatch.setitem(module.MIGRATIONS, 1, (*good, "ALTER TABLE nobody ADD COLUMN x TEXT"))
+    good = schema.MIGRATIONS[1]
+    monkeypatch.setitem(schema.MIGRATIONS, 1, (*good, "ALTER TABLE nobody ADD COLUMN x TEXT"))
     with pytest.raises(PreconditionError, match="no such table: nobody; move the file away"):
         Store.open(tmp_path)
-    monkeypatch.setitem(module.MIGRATIONS, 1, good)
+    monkeypatch.setitem(schema.MIGRATIONS, 1, good)
     assert rows(tmp_path) == [ROW]
 
 
@@ -412,3 +508,20 @@ def test_whether_a_policy_was_ever_given_is_kept(tmp_path: Path, acked: bool) ->
 
     with_store(tmp_path, work)
     assert [row.acked for row in rows(tmp_path)] == [acked]
+
+
+def test_audited_names_live_as_long_as_their_attachment(tmp_path: Path) -> None:
+    async def work(store: Store) -> None:
+        await store.reserve(ROW)
+        await store.save_audited("one", lambda: "some")
+        await store.save_audited("one", lambda: "more")
+        await store.save_audited("gone", lambda: "nobody's")
+        assert await store.load_audited() == {"one": "more"}
+
+    async def again(store: Store) -> None:
+        assert await store.load_audited() == {"one": "more"}
+        await store.remove("one")
+        assert await store.load_audited() == {}
+
+    with_store(tmp_path, work)
+    with_store(tmp_path, again)

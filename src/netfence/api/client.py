@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
@@ -25,6 +25,9 @@ from netfence.v1 import daemon_pb2, daemon_pb2_grpc
 
 READ_TIMEOUT_S: Final = 10.0
 """For list and status: they wait for nothing but the daemon itself."""
+
+EXPLAIN_TIMEOUT_S: Final = 30.0
+"""For explain and suggest: a name is looked up, for which the daemon gives its upstreams 20 s."""
 
 CHANGE_TIMEOUT_S: Final = 120.0
 """For attach and detach: longer than any sensible `control_plane.subscribe_ack_timeout`."""
@@ -91,21 +94,30 @@ class DaemonClient:
         answer: daemon_pb2.DaemonStatus = self._call(self._stub.GetStatus, empty_pb2.Empty(), READ_TIMEOUT_S)
         return answer
 
+    def explain(self, attachment_id: str, subject: str) -> daemon_pb2.ExplainResponse:
+        """Ask what would happen to a name or an address, and why."""
+        request = daemon_pb2.ExplainRequest(id=attachment_id, subject=subject)
+        answer: daemon_pb2.ExplainResponse = self._call(self._stub.Explain, request, EXPLAIN_TIMEOUT_S)
+        return answer
+
+    def suggest(self, attachment_id: str) -> daemon_pb2.SuggestResponse:
+        """Ask for a policy made of what audit mode let through."""
+        request = daemon_pb2.SuggestRequest(id=attachment_id)
+        answer: daemon_pb2.SuggestResponse = self._call(self._stub.Suggest, request, EXPLAIN_TIMEOUT_S)
+        return answer
+
+    def watch(self, attachment_id: str = "", verdicts: Sequence[str] = ()) -> FlowStream:
+        """Stream decisions from the moment it returns; see `FlowStream`."""
+        request = daemon_pb2.WatchRequest(id=attachment_id, verdicts=verdicts)
+        call = self._stub.Watch(request)
+        call.initial_metadata()  # comes when the daemon watches, or with the failure that the iteration raises
+        return FlowStream(call, self._path)
+
     def _call(self, method: Callable[..., Response], request: Any, timeout_s: float) -> Response:  # noqa: ANN401
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            call = cast("grpc.Call", error)  # what a failed blocking call raises is both; RpcError alone says nothing
-            code, details = call.code(), call.details()
-            if ANSWERED in dict(call.trailing_metadata() or ()):
-                raise RefusedError(details) from None
-            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-                why = f"the daemon did not answer within {timeout_s:g} s; see its log"
-            elif code == grpc.StatusCode.UNAVAILABLE:
-                why = "the daemon closed the connection; see its log, and whether it still runs"
-            else:  # made by gRPC itself: a full server, a peer that is no netfenced
-                why = f"{code.name}: {details}; check that netfenced serves this socket"
-            raise UnreachableError(f"call the daemon on {self._path}: {why}") from None
+            raise _failure(error, self._path, timeout_s) from None
 
     def _probe(self) -> None:
         """Connect once by hand: gRPC would only say that it is unavailable, and not before some retries."""
@@ -116,6 +128,61 @@ class DaemonClient:
                 probe.connect(os.fspath(self._path))
             except OSError as error:
                 raise UnreachableError(f"{what}: {_why(error)}") from None
+
+
+class FlowStream:
+    """A stream of decisions: an iterator, which ends when the attachment left; a context manager, which ends it.
+
+    Iterating raises RefusedError where the daemon will not, UnreachableError when it went away.
+    """
+
+    def __init__(self, call: Any, path: Path) -> None:  # noqa: ANN401 - grpc's call objects have no types
+        self._call, self._path = call, path
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def __iter__(self) -> Iterator[daemon_pb2.FlowEvent]:
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            if self._ended:
+                return
+            code = cast("grpc.Call", error).code()
+            if code == grpc.StatusCode.UNAVAILABLE and _answered(error):  # it stops
+                raise UnreachableError(str(cast("grpc.Call", error).details())) from None
+            raise _failure(error, self._path, 0.0) from None
+
+    def end(self) -> None:
+        """End it, from any thread."""
+        self._ended = True
+        self._call.cancel()
+
+
+def _answered(error: grpc.RpcError) -> bool:
+    """Tell whether a daemon said so, not gRPC itself."""
+    return ANSWERED in dict(cast("grpc.Call", error).trailing_metadata() or ())
+
+
+def _failure(error: grpc.RpcError, path: Path, timeout_s: float) -> RefusedError | UnreachableError:
+    """Return what a failed call means."""
+    call = cast("grpc.Call", error)  # what a failed blocking call raises is both; RpcError alone says nothing
+    code, details = call.code(), call.details()
+    if _answered(error):
+        return RefusedError(details)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        why = f"the daemon did not answer within {timeout_s:g} s; see its log"
+    elif code == grpc.StatusCode.UNAVAILABLE:
+        why = "the daemon closed the connection; see its log, and whether it still runs"
+    else:  # made by gRPC itself: a full server, a peer that is no netfenced
+        why = f"{code.name}: {details}; check that netfenced serves this socket"
+    return UnreachableError(f"call the daemon on {path}: {why}")
 
 
 def _why(error: OSError) -> str:

@@ -7,12 +7,23 @@ interface exists is the daemon's question. The control plane's messages are `con
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, get_args
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from netfence.api.metadata import metadata_errors
-from netfence.api.views import AttachmentInfoView, AttachSpec, Direction, DirectionWish, HookKind, HookWish, StatusView
+from netfence.api.views import (
+    AttachmentInfoView,
+    AttachSpec,
+    Direction,
+    DirectionWish,
+    ExplanationView,
+    FlowVerdict,
+    FlowView,
+    HookKind,
+    HookWish,
+    StatusView,
+)
 from netfence.errors import InvalidError
 from netfence.v1 import daemon_pb2, types_pb2
 
@@ -21,6 +32,12 @@ MAX_INTERFACE_BYTES: Final = 127
 
 MAX_CGROUP_BYTES: Final = 4095
 """Bytes of a path: PATH_MAX less its NUL."""
+
+MAX_SUBJECT: Final = 1024
+"""Characters of a name or an address to explain: the longest that can be one has 1012, before IDNA conversion."""
+
+MAX_WORD: Final = 32
+"""Characters of an unknown word that an error repeats."""
 
 _NANO = 1_000_000_000
 
@@ -146,6 +163,60 @@ def daemon_status_message(view: StatusView) -> daemon_pb2.DaemonStatus:
         uptime=duration_pb2.Duration(seconds=seconds, nanos=nanos),
         kernel_release=view.kernel_release,
         features=view.features,
+    )
+
+
+def explain_subject(request: daemon_pb2.ExplainRequest) -> str:
+    """Return what `request` asks about. Raises InvalidError listing every fault."""
+    errors = []
+    if not request.id:
+        errors.append("id is empty; give the id that attach returned")
+    if not request.subject:
+        errors.append("subject is empty; give a name or an address")
+    elif len(request.subject) > MAX_SUBJECT:
+        errors.append(f"subject has {len(request.subject)} characters; a name has {MAX_SUBJECT} at most")
+    if errors:
+        raise InvalidError([f"explain: {error}" for error in errors])
+    return request.subject
+
+
+def explanation_message(view: ExplanationView) -> daemon_pb2.ExplainResponse:
+    """Write an explanation."""
+    response = daemon_pb2.ExplainResponse(subject=view.subject, name_verdict=view.name_verdict, remedies=view.remedies)
+    for kind, subject, text in view.steps:
+        response.steps.add(kind=kind, subject=subject, text=text)
+    for one in view.addresses:
+        verdict = response.addresses.add(address=one.address, verdict=one.verdict, reason=one.reason, rule=one.rule)
+        if one.lease_s is not None:
+            seconds, nanos = _split(one.lease_s)
+            verdict.lease.CopyFrom(duration_pb2.Duration(seconds=seconds, nanos=nanos))
+    return response
+
+
+def watch_verdicts(request: daemon_pb2.WatchRequest) -> frozenset[FlowVerdict]:
+    """Return the verdicts that `request` asks for, empty for all. Raises InvalidError listing every fault."""
+    known: frozenset[FlowVerdict] = frozenset(get_args(FlowVerdict))
+    if wrong := sorted(set(request.verdicts) - known):
+        raise InvalidError(
+            [f"watch: {verdict[:MAX_WORD]!r} is no verdict; use pass, drop or would_drop" for verdict in wrong]
+        )
+    return known & frozenset(request.verdicts)
+
+
+def flow_message(view: FlowView) -> daemon_pb2.FlowEvent:
+    """Write one decision."""
+    return daemon_pb2.FlowEvent(
+        time=_timestamp(view.time),
+        id=view.id,
+        kind=view.kind,
+        verdict=view.verdict,
+        reason=view.reason,
+        protocol=view.protocol,
+        source=view.source,
+        destination=view.destination,
+        domain=view.domain,
+        rule=view.rule,
+        lost=view.lost,
     )
 
 

@@ -7,7 +7,8 @@ permissions in `unix_socket`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
@@ -20,12 +21,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from netfence import __version__
-from netfence.api.messages import attach_spec, attachment_message, daemon_status_message
+from netfence.api.messages import (
+    attach_spec,
+    attachment_message,
+    daemon_status_message,
+    explain_subject,
+    explanation_message,
+    flow_message,
+    watch_verdicts,
+)
 from netfence.api.paging import MAX_BYTES, make_token, page_size, read_token
 from netfence.api.status import abort
 from netfence.api.unix_socket import SocketPlace
-from netfence.api.views import ANSWERED, AttachmentInfoView, AttachSpec, StatusView
+from netfence.api.views import (
+    AttachmentInfoView,
+    AttachSpec,
+    ExplanationView,
+    FlowVerdict,
+    FlowView,
+    StatusView,
+    SuggestionView,
+)
 from netfence.errors import InvalidError, PreconditionError
 from netfence.v1 import daemon_pb2, daemon_pb2_grpc
 
@@ -57,6 +73,31 @@ class DaemonPort(Protocol):
 
     async def status(self) -> StatusView:
         """Return the daemon's status."""
+        ...
+
+    async def explain(self, attachment_id: str, subject: str) -> ExplanationView:
+        """Tell what would happen to a name or an address, and why; changes nothing.
+
+        NotFoundError for an unknown id, InvalidError for what is neither a name nor an address.
+        """
+        ...
+
+    async def suggest(self, attachment_id: str) -> SuggestionView:
+        """Make a policy of what audit mode let through.
+
+        NotFoundError for an unknown id, PreconditionError where nothing was recorded, ExhaustedError where it would be
+        too large.
+        """
+        ...
+
+    def watch(
+        self, attachment_id: str, verdicts: Collection[FlowVerdict]
+    ) -> AbstractContextManager[AsyncIterable[FlowView]]:
+        """Give what is decided from now on about one attachment, or ("") all; no `verdicts`: whatever the verdict.
+
+        Leaving the block ends it. It ends by itself when that attachment leaves. NotFoundError for an unknown id,
+        ExhaustedError beyond a limit of streams, UnavailableError when the daemon stops.
+        """
         ...
 
 
@@ -106,16 +147,35 @@ class _Daemon(daemon_pb2_grpc.DaemonServiceServicer):
 
         return await _answer(context, "status", answer)
 
-    async def Watch(  # noqa: N802
+    async def Explain(  # noqa: N802
+        self, request: daemon_pb2.ExplainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> daemon_pb2.ExplainResponse:
+        async def answer() -> daemon_pb2.ExplainResponse:
+            return explanation_message(await self._port.explain(request.id, explain_subject(request)))
+
+        return await _answer(context, "explain", answer)
+
+    async def Suggest(  # noqa: N802
+        self, request: daemon_pb2.SuggestRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> daemon_pb2.SuggestResponse:
+        async def answer() -> daemon_pb2.SuggestResponse:
+            if not request.id:
+                raise InvalidError("suggest: id is empty; give the id that attach returned")
+            view = await self._port.suggest(request.id)
+            return daemon_pb2.SuggestResponse(policy=view.policy, missed=view.missed)
+
+        return await _answer(context, "suggest", answer)
+
+    async def Watch(  # type: ignore[override]  # noqa: N802 - writes, and yields nothing: a cancelled call unwinds here
         self, request: daemon_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[daemon_pb2.FlowEvent]:
-        del request
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"watch: netfenced {__version__} does not stream decisions yet; poll List for the counters",
-            ((ANSWERED, __version__),),
-        )
-        yield daemon_pb2.FlowEvent()  # never reached: makes this a generator, which a streaming method has to be
+    ) -> None:
+        try:
+            with self._port.watch(request.id, watch_verdicts(request)) as flows:
+                await context.send_initial_metadata(())  # from here on nothing is missed: the client may know
+                async for flow in flows:
+                    await context.write(flow_message(flow))  # waits for a client that does not read
+        except Exception as error:  # noqa: BLE001 - as in `_answer`
+            await abort(context, "watch", error)
 
 
 async def _answer(

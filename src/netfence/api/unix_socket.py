@@ -26,6 +26,9 @@ MAX_PATH_BYTES: Final = 107
 _PRIVATE_NAME_BYTES: Final = 10
 """Bytes that the private name adds to the directory: "/.n" + 5 + "/s"."""
 
+_LARGEST_GID: Final = 2**32 - 2
+"""The largest number of a group; the next one means "leave it as it is" to chown(2)."""
+
 _PROBE_TIMEOUT_S: Final = 2.0
 """How long a connect to an existing socket may take; a unix socket answers at once or its backlog is full."""
 
@@ -57,7 +60,7 @@ class SocketPlace:
         """
         self.path = path.absolute()
         self._setting = setting
-        self._gid = _group_id(group) if group else None
+        self._gid = group_id(group) if group else None
         _check_length(self.path, setting)
         self._stale = self._probe()
         private = self.path.parent / f".n{secrets.token_urlsafe(4)[:5]}"
@@ -166,10 +169,18 @@ def _check_length(path: Path, setting: str) -> None:
         )
 
 
-def _group_id(group: str) -> int:
+def group_id(group: str) -> int:
+    """Return the number of a group given by name or by number, which may be nobody's; raises InvalidError.
+
+    What is a group's name is a name, whatever it looks like.
+    """
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
-        raise InvalidError(
-            f"socket_group {group!r}: no such group on this host; create it or name one that exists"
-        ) from None
+        pass
+    if not (group.isascii() and group.isdigit()):
+        what = f"socket_group {group!r}: no such group on this host"
+        raise InvalidError(f"{what}; create it, or give the name or number of one that exists")
+    if int(group) > _LARGEST_GID:
+        raise InvalidError(f"socket_group {group}: numbers of groups end at {_LARGEST_GID}; give a smaller one")
+    return int(group)

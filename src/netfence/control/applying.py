@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal, get_args
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -20,7 +20,7 @@ from netfence.control.convert import command_of
 from netfence.control.events import fitting
 from netfence.control.inbox import Inbox
 from netfence.control.outbox import Outbox, Result
-from netfence.control.peek import Head, entries_of
+from netfence.control.peek import KINDS, Head, entries_of
 from netfence.control.port import AttachmentView, ControlHost, FirstPolicy
 from netfence.errors import ExhaustedError, InvalidError, NetfenceError, NotFoundError, UnavailableError
 from netfence.log import LogLimit
@@ -28,6 +28,7 @@ from netfence.policy.commands import BulkUpdate, Command
 from netfence.policy.limits import MAX_CIDR_RULES, MAX_DOMAIN_RULES, MAX_ERROR_TEXT
 from netfence.policy.modes import Mode
 from netfence.policy.prefix import shown
+from netfence.tally import Durations
 from netfence.v1 import control_pb2
 
 LARGE_BYTES: Final = 64 << 10
@@ -55,7 +56,12 @@ HEAD_BYTES: Final = 200
 MAX_LOGGED_ERRORS: Final = 5
 """Faults of one refused command in the log; the CommandResult has all of them."""
 
-Arrived = tuple[Head, bytes]  # a command as it came: its head and all of it
+NO_KIND: Final = "none"
+"""What a command is called that is none we know."""
+
+Outcome = Literal["applied", "refused", "unknown"]
+
+Arrived = tuple[Head, bytes, float]  # a command as it came: its head, all of it, and when (monotonic seconds)
 
 log = structlog.get_logger(__name__)
 
@@ -78,11 +84,20 @@ class Waiting:
 
 @dataclass(slots=True)
 class Counts:
-    """What came of all commands since the start."""
+    """What came of all commands since the start, also by kind; and how long each took from arrival to result."""
 
     applied: int = 0
     refused: int = 0
     unknown: int = 0
+    by_kind: dict[tuple[str, Outcome], int] = field(
+        default_factory=lambda: {(kind, one): 0 for kind in (*KINDS, NO_KIND) for one in get_args(Outcome)}
+    )
+    durations: Durations = field(default_factory=lambda: Durations((0.005, 0.025, 0.1, 0.5, 2.5, 10.0)))
+
+    def note(self, head: Head, outcome: Outcome) -> None:
+        """Count one."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+        self.by_kind[head.kind if head.kind in KINDS else NO_KIND, outcome] += 1
 
 
 class Commands:
@@ -150,7 +165,7 @@ class Commands:
     async def take(self, head: Head, data: bytes) -> None:
         """Queue a command that came as `data`; waits while too much is queued."""
         if head.id in self._waiting or (self._host is not None and self._host.view(head.id) is not None):
-            await self._inbox.put(head.id, (head, data), len(data) + HEAD_BYTES)
+            await self._inbox.put(head.id, (head, data, time.monotonic()), len(data) + HEAD_BYTES)
         else:
             await self._outbox.room()
             self._unknown(head)
@@ -167,7 +182,7 @@ class Commands:
         """Do what the inbox hands over; not before there is room for what will be said about it."""
         await self._outbox.room()
         ready: list[tuple[Head, Command]] = []
-        for head, data in arrived:
+        for head, data, _ in arrived:
             command = await _converted(head, data)
             waiting = self._waiting.get(attachment_id)
             if waiting is not None and waiting.policy.done():
@@ -184,6 +199,9 @@ class Commands:
                 ready.append((head, command))
         if ready and self._host is not None:
             await self._apply(self._host, attachment_id, ready)
+        now = time.monotonic()
+        for *_, began in arrived:
+            self.counts.durations.note(now - began)
 
     async def _apply(self, host: ControlHost, attachment_id: str, ready: Sequence[tuple[Head, Command]]) -> None:
         try:
@@ -223,14 +241,14 @@ class Commands:
             self._refuse(head, said if isinstance(said, NetfenceError) else NetfenceError(why))
 
     def _applied(self, head: Head, command: Command) -> None:
-        self.counts.applied += 1
+        self.counts.note(head, "applied")
         if isinstance(command, BulkUpdate) and command.dns is None and command.mode == Mode.ALLOWLIST:
             effect = "the workload may ask for every name and none opens an address"
             log.warning("allowlist_without_dns", attachment=head.id, version=head.version, effect=effect)
         self._answer(head, ok=True)
 
     def _refuse(self, head: Head, error: NetfenceError) -> None:
-        self.counts.refused += 1
+        self.counts.note(head, "refused")
         errors = _errors(error)
         if self._refused_limit.due(time.monotonic()):
             log.warning(
@@ -245,7 +263,7 @@ class Commands:
         self._answer(head, ok=False, errors=errors)
 
     def _unknown(self, head: Head) -> None:
-        self.counts.unknown += 1
+        self.counts.note(head, "unknown")
         if self._unknown_limit.due(time.monotonic()):
             kind = head.kind or "none"
             log.warning(

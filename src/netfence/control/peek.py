@@ -20,6 +20,9 @@ _ID, _VERSION, _NONCE = (_FIELDS[name].number for name in ("id", "version", "non
 _ONEOF: Final = {
     field.number: field.name for field in control_pb2.ControlCommand.DESCRIPTOR.oneofs_by_name["command"].fields
 }
+KINDS: Final = tuple(name for name in _ONEOF.values() if name != "sync_ack")
+"""What a command may be; a sync_ack is none."""
+
 _BULKS: Final = {_FIELDS[name].number for name in ("bulk_update", "subscribed_ack")}
 _BULK: Final = control_pb2.BulkUpdate.DESCRIPTOR.fields_by_name
 _DNS: Final = _BULK["dns"].number

@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 
 from netfence.config import ControlPlane
-from netfence.control.applying import Commands
+from netfence.control.applying import Commands, Counts
 from netfence.control.backoff import FIRST_S, Backoff
 from netfence.control.channel import call_metadata, make_channel
 from netfence.control.contact import Contact
@@ -72,6 +72,7 @@ class RemoteControl:
         self._contact = Contact(settings.max_stale, settings.stale_action)
         self._leaving = False  # the daemon ends
         self._unwaited: set[str] = set()  # attached without waiting; perhaps not acked yet
+        self.connects = self.losses = self.failures = 0  # streams that were synced, of those lost, tries that failed
 
     # -- what the daemon asks -----------------------------------------------------------------------------------------
 
@@ -129,6 +130,16 @@ class RemoteControl:
         except TimeoutError:
             if count := len(self._outbox):
                 log.warning("events_not_told", count=count, effect="the next SyncRequest tells the same")
+
+    @property
+    def counts(self) -> Counts:
+        """Return what came of the commands so far."""
+        return self._commands.counts
+
+    @property
+    def events_waiting(self) -> int:
+        """Return how many events wait to be told."""
+        return len(self._outbox)
 
     # -- attachments --------------------------------------------------------------------------------------------------
 
@@ -189,6 +200,7 @@ class RemoteControl:
         """Note that the control plane knows us."""
         self._state = ConnectionState.CONNECTED
         self._contact.came()
+        self.connects += 1
         log.info("control_plane_connected", address=self._address)
 
     async def take(self, head: Head, data: bytes) -> None:
@@ -266,6 +278,10 @@ class RemoteControl:
 
     def _note_end(self, address: str, stream: Stream, error: EndedError) -> None:
         self._why = str(error)
+        if stream.synced:
+            self.losses += 1
+        else:
+            self.failures += 1
         if error.too_large:
             log.error(
                 "message_too_large",

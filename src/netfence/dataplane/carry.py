@@ -46,6 +46,9 @@ def carry_over(old: Mapping[str, Map], was: Layout, new: Mapping[str, Map], layo
     as_is: Recode = bytes
     leases = _opened(old["leases"], new["leases"], recode("lease_key"), recode("lease"))
     _opened(old["inbound"], new["inbound"], recode("inbound_key"), recode("inbound"))
+    if "seen" in old:  # since 0.2
+        _opened(old["seen"], new["seen"], recode("seen_key"), recode("seen"))
+        _by_slot(old["seen_count"], new["seen_count"], slots, recode("seen_count"))
     _entries(old["dns_endpoints"], new["dns_endpoints"], recode("endpoint"), as_is)
     _entries(old["host_addresses"], new["host_addresses"], recode("address"), as_is)
     _entries(old["if_slot_far"], new["if_slot_far"], as_is, as_is)

@@ -86,6 +86,9 @@ def map_specs(layout: Layout, max_leases: int) -> list[MapSpec]:
         MapSpec("dns_endpoints", MapType.HASH, size["endpoint"], word, slots, BPF_F_NO_PREALLOC),
         MapSpec("host_addresses", MapType.HASH, size["address"], word, constant["HOST_ADDRESSES"], BPF_F_NO_PREALLOC),
         MapSpec("counters", MapType.PERCPU_ARRAY, word, size["counters"], slots),
+        MapSpec("flows", MapType.RINGBUF, 0, 0, constant["FLOWS_BYTES"]),
+        MapSpec("seen", MapType.HASH, size["seen_key"], size["seen"], constant["SEEN"], BPF_F_NO_PREALLOC),
+        MapSpec("seen_count", MapType.ARRAY, word, size["seen_count"], slots, BPF_F_MMAPABLE),
         MapSpec("clock", MapType.ARRAY, word, 8, 1, BPF_F_MMAPABLE),
     ]
 
@@ -120,7 +123,7 @@ def _layout(bpf_class: Any, sources: Path) -> dict[str, Any]:  # noqa: ANN401
     text = (sources / "layout.bpf.c").read_text(encoding="utf-8")
     module = bpf_class(text=text, cflags=_flags(sources))
     structs: dict[str, Any] = {}
-    for name in ("rules4", "rules6", "leases", "inbound", "endpoint", "config", "counters"):
+    for name in ("rules4", "rules6", "leases", "inbound", "endpoint", "config", "counters", "seen", "flow"):
         structs.update(_describe(module[f"layout_{name}"]))
     constants: dict[str, int] = {}
     for header in ("layout.h", "reasons.h"):

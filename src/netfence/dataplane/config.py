@@ -7,7 +7,8 @@ never a mixture; everything else changes with an attach only, or (own addresses)
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +91,8 @@ class ConfigMap:
         )
         self._fixed = layout.packer("config", "dns_address", "dns_port", "flags", "attachment")
         self._static_from = fields["established_idle"].offset
+        self._flags = fields["flags"].offset
+        self._watched: frozenset[int] = frozenset()
         self.handshake_idle = clock.span(HANDSHAKE_IDLE_S)
 
     def word(self, slot: int) -> int:
@@ -111,6 +114,7 @@ class ConfigMap:
             | bit["FLAG_LINK_LOCAL"] * static.allow_link_local
             | bit["FLAG_REPLIES"] * (static.replies != "off")
             | bit["FLAG_REPLIES_ANY"] * (static.replies == "any")
+            | bit["FLAG_WATCH"] * (slot in self._watched)
         )
         own = self._own_bytes(static.own_addresses)
         at = slot * self._stride
@@ -145,6 +149,17 @@ class ConfigMap:
         at = slot * self._stride
         self._memory[at + self._own : at + self._own + len(own)] = own
         self._memory[at + self._own_count : at + self._own_count + 2] = struct.pack("=H", len(own) // 16)
+
+    def watch(self, slots: Collection[int]) -> None:
+        """Have the kernel report the drops of these slots, and of no other."""
+        wanted = frozenset(slots)
+        changed, self._watched = wanted ^ self._watched, wanted
+        bit = self._constants["FLAG_WATCH"]
+        for slot in changed:
+            at = slot * self._stride + self._flags
+            flags = int.from_bytes(self._memory[at : at + 4], sys.byteorder)
+            flags = flags | bit if slot in wanted else flags & ~bit
+            self._memory[at : at + 4] = flags.to_bytes(4, sys.byteorder)
 
     def clear(self, slot: int) -> None:
         """Forget all but the word."""

@@ -45,6 +45,10 @@ class Hooks:
         """Return how TC filters hang on interfaces here."""
         return tcx.MECHANISM if self._tcx else clsact.MECHANISM
 
+    def mechanism(self, ifindex: int, name: str) -> str:
+        """Tell what fences an interface now: which XDP where XDP is in force, else how TC filters hang."""
+        return xdp.in_force(self._pin(name, XDP), ifindex) or self.tc_mechanism
+
     def attach_interface(self, target: InterfaceTarget, direction: Direction, name: str, *, with_xdp: bool) -> str:
         """Put the filter onto the side where the workload's packets pass; return the mechanism.
 
@@ -93,8 +97,8 @@ class Hooks:
 
     def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> None:
         pin, fresh = self._pin(name, hook), self._pin(name, f"{hook}_new")
-        there = cgroup.attached(pin, target.cgroup_id)
-        if there and self._is_ours(pin, program):
+        there = cgroup.program(pin, target.cgroup_id)
+        if there == self._ids[program]:
             return
         cgroup.detach(fresh)  # of a start that was cut short
         if not there:
@@ -144,14 +148,10 @@ class Hooks:
         for hook, program in CGROUP_PROGRAMS.items():
             self._put_back_cgroup(target, name, hook, program, hook)
 
-    def cgroup_in_place(self, target: CgroupTarget, name: str) -> bool:
-        """Tell whether every program is in force on this very cgroup, and ours."""
-        ours = all(self._is_ours(self._pin(name, hook), program) for hook, program in CGROUP_PROGRAMS.items())
-        return ours and self.cgroup_attached(target, name)
-
-    def cgroup_attached(self, target: CgroupTarget, name: str) -> bool:
-        """Tell whether every program is in force on this very cgroup, ours or another build's."""
-        return all(cgroup.attached(self._pin(name, hook), target.cgroup_id) for hook in CGROUP_PROGRAMS)
+    def cgroup_state(self, target: CgroupTarget, name: str) -> tuple[bool, bool]:
+        """Tell whether every program is in force on this very cgroup, and whether each is ours, not another build's."""
+        running = [cgroup.program(self._pin(name, hook), target.cgroup_id) for hook in CGROUP_PROGRAMS]
+        return all(running), running == [self._ids[program] for program in CGROUP_PROGRAMS.values()]
 
     def detach_cgroup(self, name: str) -> None:
         """Take all programs off; idempotent."""

@@ -187,7 +187,8 @@ def _numbers(version: str) -> list[int]:
 
 
 def _compile(job: child.Job, lock_fd: int) -> None:
-    command = [sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))]
+    # -P and cwd: neither modules nor headers come from where somebody happened to start us.
+    command = [sys.executable, "-P", "-m", child.__name__, json.dumps(dataclasses.asdict(job))]
     try:
         done = subprocess.run(  # noqa: S603 - our own module
             command,
@@ -196,6 +197,7 @@ def _compile(job: child.Job, lock_fd: int) -> None:
             timeout=COMPILE_TIMEOUT_S,
             check=False,
             stdin=subprocess.DEVNULL,
+            cwd=job.sources,
             pass_fds=[lock_fd],
         )
     except subprocess.TimeoutExpired as error:

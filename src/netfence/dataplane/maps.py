@@ -41,6 +41,7 @@ class MapType(enum.IntEnum):
     LPM_TRIE = 11
     ARRAY_OF_MAPS = 12
     CGROUP_STORAGE = 19
+    RINGBUF = 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +224,19 @@ class Map:
                         part_values[at * value_size : (at + 1) * value_size],
                     )
 
-    def inner(self, key: bytes) -> Map | None:
-        """Open the map that an array of maps holds at `key`: by its pin, or by its id, which needs CAP_SYS_ADMIN."""
+    def inner_id(self, key: bytes) -> int:
+        """Return the id of the map that an array of maps holds at `key`, 0 for none; no other has it while it lives."""
         found = self.lookup(key)
-        if found is None:
+        return int.from_bytes(found[:4], sys.byteorder) if found is not None else 0
+
+    def inner(self, key: bytes, number: int | None = None) -> Map | None:
+        """Open the map that an array of maps holds at `key`: by its pin, or by its id, which needs CAP_SYS_ADMIN.
+
+        `number` is its id where that is known.
+        """
+        number = self.inner_id(key) if number is None else number
+        if not number:
             return None
-        number = int.from_bytes(found[:4], sys.byteorder)
         fd = self._pinned_inner(key, number)
         if fd < 0:
             fd = call(Cmd.MAP_GET_FD_BY_ID, _IdAttr(number, 0, 0))

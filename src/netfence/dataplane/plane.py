@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,6 +26,7 @@ from netfence.dataplane.clock import Clock
 from netfence.dataplane.config import ConfigMap, Static, network_port
 from netfence.dataplane.counters import CounterMap, Counters
 from netfence.dataplane.failure import explain
+from netfence.dataplane.flows import Flow, FlowRing, Seen, SeenMap
 from netfence.dataplane.hooking import Hooks
 from netfence.dataplane.leases import InboundMap, LeaseMap, kernel_address
 from netfence.dataplane.loader import Loaded
@@ -39,7 +40,7 @@ from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
 from netfence.tasks import finish
 
-__all__ = ["Counters", "DataPlane", "Static"]
+__all__ = ["Counters", "DataPlane", "Flow", "Seen", "Static"]
 
 WORKERS = 4
 """Threads for calls that wait for RCU: four attaches at once, and more gain nothing, they share the grace period."""
@@ -80,6 +81,8 @@ class DataPlane:
         self._leases = LeaseMap(maps["leases"], layout, self.clock)
         self._inbound = InboundMap(maps["inbound"], maps["inbound_count"], layout, self.clock)
         self._counters = CounterMap(maps["counters"], layout)
+        self._flows = FlowRing(maps["flows"], layout, self.clock)
+        self._seen = SeenMap(maps["seen"], maps["seen_count"], layout)
         self._endpoint = layout.packer("endpoint", "address", "port")
         self._hooks = Hooks(loaded, bpffs_dir / "links", tcx=tcx)
         self._slots: dict[int, SlotWord] = {}
@@ -258,6 +261,10 @@ class DataPlane:
         if self._interface_slot(ifindex) == slot:
             self._set_interface(ifindex, 0)
 
+    async def answer(self) -> None:
+        """Return when a worker thread has taken a piece of work, and changed nothing: that they take any."""
+        await self._run(lambda: None)
+
     async def close(self, *, detach: bool) -> None:
         """Let go; with `detach` remove every pin and map, else everything stays in force in the kernel."""
         for task in list(self._tasks):
@@ -274,9 +281,10 @@ class DataPlane:
 
     # -- policy -----------------------------------------------------------------------------------------------------
 
-    async def apply(self, slot: int, policy: Policy, old: Policy | None) -> None:
+    async def apply(self, slot: int, policy: Policy, old: Policy | None, *, start: bool = False) -> None:
         """Switch a slot to `policy` between two packets; `old` is what it has now (None: not known).
 
+        `start`: it is what holds until somebody gives a policy, and is counted as that.
         Raises ExhaustedError and OSError-born errors with the old policy in force, untouched.
         """
         state = self._slots[slot]
@@ -291,7 +299,7 @@ class DataPlane:
         except OSError as error:
             raise explain(f"write {len(policy.cidrs)} rules to the kernel", error) from error
         before = state.index
-        state.index, state.mode, state.audit, state.start = index, policy.mode, policy.audit, False
+        state.index, state.mode, state.audit, state.start = index, policy.mode, policy.audit, start
         state.rules4, state.rules6 = policy.cidrs.size_of(4) > 0, policy.cidrs.size_of(16) > 0
         self._write_word(slot, state)  # the switch
         if before not in (0, index):
@@ -361,6 +369,18 @@ class DataPlane:
         """Read the slot's packets and bytes by reason."""
         return self._counters.read(slot)
 
+    def watch_slots(self, slots: Collection[int]) -> None:
+        """Have the kernel report the drops of these slots, and of no other; microseconds where nothing changes."""
+        self.config.watch(slots)
+
+    def read_flows(self) -> list[Flow]:
+        """Return the drops reported since the last call, oldest first; at most `flows.AT_ONCE`. Never waits."""
+        return self._flows.read()
+
+    def seen(self, slot: int) -> tuple[list[Seen], int]:
+        """Return where audit mode let packets through, and how many packets are missing there. Walks a map: blocks."""
+        return self._seen.read(slot)
+
     def set_own_addresses(self, slot: int, addresses: Sequence[bytes]) -> None:
         """Replace the addresses that neighbour discovery may ask of this interface."""
         self.config.write_own(slot, addresses)
@@ -398,6 +418,7 @@ class DataPlane:
                 table.delete(key)
         self._leases.clear(slot)
         self._inbound.sweep(0, 0, 0, slot=slot)
+        self._seen.clear(slot)
         self._counters.clear(slot)
         self.config.clear(slot)
         self._xdp.discard(slot)
@@ -424,12 +445,12 @@ class DataPlane:
             self._hooks.attach_cgroup(target, name)
 
     def _put_back_cgroup(self, slot: int, target: CgroupTarget, name: str) -> bool:
-        if self._hooks.cgroup_in_place(target, name):
+        there, ours = self._hooks.cgroup_state(target, name)
+        if ours:
             self._set_cgroup(target, slot)  # a detach that was cut short has set it back
-            return True
-        whole = self._hooks.cgroup_attached(target, name)
-        self._attach_cgroup(slot, target, name)
-        return whole
+        else:
+            self._attach_cgroup(slot, target, name)
+        return there
 
     def _set_cgroup(self, target: CgroupTarget, slot: int) -> None:
         try:

@@ -39,7 +39,8 @@ RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 
 _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_XDP, _IFLA_ALT_IFNAME = 3, 10, 18, 29, 43, 53
-_XDP_DRV_PROG_ID, _XDP_SKB_PROG_ID, _XDP_HW_PROG_ID = 5, 6, 7
+XDP_SKB, XDP_DRV, XDP_HW = 1 << 1, 1 << 2, 1 << 3  # XDP_FLAGS_SKB_MODE ...: in the stack, the driver, the NIC
+_XDP_PROG_IDS = {5: XDP_DRV, 6: XDP_SKB, 7: XDP_HW}  # IFLA_XDP_DRV_PROG_ID ...
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND = 1, 2, 4
 _EXT_SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -237,13 +238,17 @@ def get_link(rtnl: Rtnl, which: str | int) -> LinkRecord:
     return parse_link(message.payload)
 
 
-def get_xdp_programs(rtnl: Rtnl, ifindex: int) -> list[int]:
-    """Read the ids of an interface's XDP programs: the driver's, the stack's, the NIC's; raises NetlinkError ENODEV."""
+def get_xdp_modes(rtnl: Rtnl, ifindex: int) -> dict[int, int]:
+    """Read an interface's XDP programs: XDP_DRV, XDP_SKB or XDP_HW → program id; raises NetlinkError ENODEV."""
     payload = attribute(_IFLA_EXT_MASK, struct.pack("=I", _EXT_SKIP_STATS))
     (message, *_) = rtnl.request(RTM_GETLINK, _IFINFO.pack(0, 0, ifindex, 0, 0) + payload)
     found = attributes(attributes(message.payload[_IFINFO.size :]).get(_IFLA_XDP, b""))
-    modes = (_XDP_DRV_PROG_ID, _XDP_SKB_PROG_ID, _XDP_HW_PROG_ID)
-    return [int(struct.unpack("=I", found[mode])[0]) for mode in modes if mode in found]
+    return {mode: struct.unpack("=I", found[kind])[0] for kind, mode in _XDP_PROG_IDS.items() if kind in found}
+
+
+def get_xdp_programs(rtnl: Rtnl, ifindex: int) -> list[int]:
+    """Read the ids of an interface's XDP programs: the driver's, the stack's, the NIC's; raises NetlinkError ENODEV."""
+    return list(get_xdp_modes(rtnl, ifindex).values())
 
 
 def get_links(rtnl: Rtnl) -> list[LinkRecord]:

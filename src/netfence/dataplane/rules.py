@@ -27,6 +27,9 @@ READY = 16
 CHUNK = 4096
 """Rules packed between two chances for other threads to run."""
 
+KEPT = 64
+"""Tries of policies in force kept open for single changes: opening one anew is half the cost of a change, or more."""
+
 FENCE_INDEX = 0
 """No policy has it: updating it is how we wait until no packet uses an index given back."""
 
@@ -44,6 +47,7 @@ class RuleTables:
         self._free = set(range(1, layout.constants["POLICIES"]))
         self._ready: list[int] = []
         self._lock = threading.Lock()
+        self._kept: dict[tuple[int, int], tuple[int, Map]] = {}  # (size, index) → id and trie, last used last
 
     def claim(self, index: int) -> None:
         """Note that a policy in force (found after a restart) has this index."""
@@ -71,7 +75,7 @@ class RuleTables:
         Removals first: in between there may be too few expired entries to pass over, never too many.
         """
         for key, entry in sorted(changes, key=lambda change: change[1] is not None):
-            inner = self._inner(len(key) - 1, index)
+            inner = self._kept_inner(len(key) - 1, index)
             if entry is None:
                 inner.delete(_trie_key(key))
             else:
@@ -126,14 +130,34 @@ class RuleTables:
         for outer in self._outer.values():
             tries = [Map.create(_trie_spec(outer)) for _ in indices]
             for index, trie in zip(indices, tries, strict=True):
+                self._forget(index)
                 if index != FENCE_INDEX:
                     outer.pin_inner(_word(index), trie)
             outer.update_batch(b"".join(map(_word, indices)), b"".join(_word(trie.fd) for trie in tries))
             for trie in tries:
                 trie.close()
 
-    def _inner(self, size: int, index: int) -> Map:
-        inner = self._outer[size].inner(_word(index))
+    def _kept_inner(self, size: int, index: int) -> Map:
+        """Return the trie that is under the index now, from those kept open where it is the very one."""
+        number = self._outer[size].inner_id(_word(index))
+        with self._lock:
+            kept = self._kept.pop((size, index), None)
+        if kept is None or kept[0] != number:
+            kept = number, self._inner(size, index, number)
+        with self._lock:
+            self._kept[size, index] = kept
+            while len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+        return kept[1]
+
+    def _forget(self, index: int) -> None:
+        """Close the tries of an index: open, what was in them would keep its memory."""
+        with self._lock:
+            for size in self._outer:
+                self._kept.pop((size, index), None)
+
+    def _inner(self, size: int, index: int, number: int | None = None) -> Map:
+        inner = self._outer[size].inner(_word(index), number)
         if inner is None:
             message = f"policy index {index} has no rule table"
             raise RuntimeError(message)

@@ -174,6 +174,8 @@ class _Scanner:
     def _owner(self) -> tuple[str, int]:
         """Read the owner name at the cursor; return it and the offset after it."""
         data, offset = self._data, self._offset
+        if not data[offset]:
+            return "", offset + 1  # OPT's, in almost every answer
         if data[offset] < 192:
             return self._read_name(offset)
         target = (data[offset] & 0x3F) << 8 | data[offset + 1]

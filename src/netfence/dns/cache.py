@@ -43,6 +43,7 @@ class SharedCache:
         self._max_share: Final = share
         self._entries: dict[CacheKey, _Entry] = {}
         self._owned: dict[object, dict[CacheKey, None]] = {}  # per owner, oldest first
+        self.hits = self.misses = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -50,12 +51,18 @@ class SharedCache:
     def get(self, key: CacheKey, now: float) -> Answer | None:
         """Return the live answer to the question, or None."""
         entry = self._entries.get(key)
-        if entry is None:
+        if entry is None or entry.expiry <= now:
+            self.misses += 1
+            if entry is not None:
+                self._remove(key)
             return None
-        if entry.expiry <= now:
-            self._remove(key)
-            return None
+        self.hits += 1
         return entry.answer
+
+    def peek(self, key: CacheKey, now: float) -> Answer | None:
+        """Return the live answer as `get` does, uncounted: nobody is answered with it."""
+        entry = self._entries.get(key)
+        return entry.answer if entry is not None and entry.expiry > now else None
 
     def put(self, key: CacheKey, answer: Answer, owner: object) -> None:
         """Store an answer that `owner`'s question brought in, if it may be cached at all."""

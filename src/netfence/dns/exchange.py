@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -28,7 +29,11 @@ _UDP: Final = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _LENGTH: Final = struct.Struct("!H")
 TIMED_OUT: Final = "timed out"
 SPOOFED: Final = "too many answers that do not match"
-_BATCH: Final = 64  # sockets taken per wake-up, so that one burst does not hold the loop
+_EPOLLIN: Final = select.EPOLLIN
+_BATCH: Final = 16  # sockets looked at per wake-up: some more than `TAKE_S` suffices for
+
+TAKE_S: Final = 0.0005
+"""How long answers are taken per wake-up, so that one burst does not hold the loop: what is left waits for the next."""
 
 Done = Callable[[bytes | None, str], None]
 """Called once with the matching response and "", or with None and why there is none."""
@@ -91,15 +96,17 @@ class UdpExchanger:
         try:
             sock.connect(upstream.address)
             sock.send(ident + query[2:])
-            epoll.register(sock.fileno(), select.EPOLLIN)
+            fd = sock.fileno()
+            epoll.register(fd, _EPOLLIN)
         except OSError:
             sock.close()
             raise
         exchange = _Exchange(sock, ident, question, loop.time() + self._timeout_s, done)
-        self._live[sock.fileno()] = exchange
-        while self._by_deadline and self._by_deadline[0].sock is None:
-            self._by_deadline.popleft()
-        self._by_deadline.append(exchange)
+        self._live[fd] = exchange
+        waiting = self._by_deadline
+        while waiting and waiting[0].sock is None:
+            waiting.popleft()
+        waiting.append(exchange)
         if self._timer is None:
             self._timer = loop.call_at(exchange.deadline, self._on_timer)
 
@@ -127,12 +134,17 @@ class UdpExchanger:
         return self._loop, self._epoll
 
     def _on_readable(self) -> None:
+        """Take answers for a while. Those that are left make the epoll instance readable again."""
         if self._epoll is None:
             return
+        now = time.monotonic
+        until = now() + TAKE_S
         for fd, _ in self._epoll.poll(0, _BATCH):
             exchange = self._live.get(fd)
             if exchange is not None and exchange.sock is not None:
                 self._receive(exchange, exchange.sock)
+                if now() > until:
+                    return
 
     def _receive(self, exchange: _Exchange, sock: socket.SocketType) -> None:
         """Take one datagram or socket error of an exchange."""

@@ -64,8 +64,11 @@ class Gate(Protocol):
         """Count one query, as allowed or blocked."""
         ...
 
-    def note_audit(self, name: str, addresses: Sequence[bytes], why: str) -> None:
-        """Report a name that was answered only because of `audit` (semantics.md 10), with its addresses, not opened."""
+    def note_audit(self, name: str, addresses: Sequence[bytes], why: str, chain: Sequence[str] = ()) -> None:
+        """Report a name that was answered only because of `audit` (semantics.md 10), with its addresses, not opened.
+
+        `chain` are the names that the answer leads to.
+        """
         ...
 
     async def ask_control_plane(self, name: str, qtype: str) -> ProxyAnswer:

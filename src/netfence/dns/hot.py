@@ -17,12 +17,24 @@ from netfence.dns.wire import Query
 class HotReply:
     """A reply without its id. `fresh_until` ends the body, `valid_until` the entry (monotonic seconds)."""
 
-    __slots__ = ("_answer", "_cap_s", "_ede", "_query", "allowed", "body", "fresh_until", "generation", "valid_until")
+    __slots__ = (
+        "_answer",
+        "_cap_s",
+        "_ede",
+        "_query",
+        "allowed",
+        "body",
+        "fresh_until",
+        "generation",
+        "rcode",
+        "valid_until",
+    )
 
     def __init__(self, body: bytes, generation: int, valid_until: float, *, allowed: bool) -> None:
         self.body = body
         self.generation = generation
         self.allowed = allowed
+        self.rcode = body[1] & 15
         self.fresh_until = self.valid_until = valid_until
         self._answer: Answer | None = None
         self._query: Query | None = None
@@ -53,9 +65,20 @@ class HotReply:
 class HotReplies(dict[bytes, HotReply]):
     """At most `MAX_HOT_ENTRIES` ready replies; a new one replaces the oldest."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed = self._denied = True
+
+    def keep(self, *, passed: bool, denied: bool) -> None:
+        """Keep these from now on; the other queries take the long way, which can be watched. What is here goes."""
+        self._passed, self._denied = passed, denied
+        self.clear()
+
     def store(self, key: bytes, entry: HotReply) -> None:
         """Keep an entry, unless query or answer are larger than what anybody's are (an entry holds both)."""
         self.pop(key, None)
+        if not (self._passed if entry.allowed else self._denied):
+            return
         if len(key) > MAX_HOT_KEY or entry.answer_size > MAX_HOT_ANSWER:
             return
         if len(self) >= MAX_HOT_ENTRIES:

@@ -11,8 +11,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from netfence.dns.decision import Reason
+from netfence.policy.domain import DomainRule
 from netfence.policy.modes import DnsMode, Mode
-from netfence.policy.policy import Policy
+from netfence.policy.policy import NameVerdict, Policy
 from netfence.policy.search import judge_asked
 
 
@@ -22,7 +24,7 @@ class Verdict(NamedTuple):
     `name` is the name that was judged (search domain stripped); leases are held by the name as asked for. `denied` and
     `audit` together: answered all the same, opened not. `guard`: the rebinding guard and the TTL cap apply to upstream
     answers. `ips` are the control plane's own addresses, `ttl_s` and `since` their TTL and its begin. `until` ends the
-    verdict itself.
+    verdict itself. `reason` and `rule` are what those who watch are told.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Verdict(NamedTuple):
     ttl_s: int = 0
     since: float = 0.0
     until: float = math.inf
+    reason: Reason = "control_plane"
+    rule: DomainRule | None = None
 
 
 def judge(policy: Policy, name: str, suffixes: Iterable[str]) -> Verdict | None:
@@ -42,20 +46,34 @@ def judge(policy: Policy, name: str, suffixes: Iterable[str]) -> Verdict | None:
     mode = policy.dns.mode
     if policy.mode is Mode.BLOCK_ALL:
         guard = mode is not DnsMode.DISABLED
-        return Verdict(name, denied=True, why="mode block_all", learn=False, guard=guard, audit=policy.audit)
+        why = "mode block_all"
+        return Verdict(name, denied=True, why=why, learn=False, guard=guard, audit=policy.audit, reason="block_all")
     if mode is DnsMode.DISABLED:
-        return Verdict(name, denied=False, why="DNS mode disabled", learn=False, guard=False)
+        return Verdict(name, denied=False, why="DNS mode disabled", learn=False, guard=False, reason="mode_disabled")
     if mode is DnsMode.PROXY:
         return None
     judged, found = judge_asked(policy, name, suffixes)
-    return Verdict(judged, denied=not found.allowed, why=found.why, audit=policy.audit)
+    reason, rule = _reason(found), found.rule
+    return Verdict(judged, denied=not found.allowed, why=found.why, audit=policy.audit, reason=reason, rule=rule)
+
+
+def _reason(found: NameVerdict) -> Reason:
+    if found.rule is None:
+        return "default_pass" if found.allowed else "default_drop"
+    return "allow_rule" if found.allowed else "deny_rule"
 
 
 def chain_denial(policy: Policy, chain: Iterable[str]) -> str | None:
     """Return why an answer is denied for a name that it leads through (semantics.md 16), None when it is not."""
+    found = chain_rule(policy, chain)
+    return None if found is None else f"rule: {found[0].text}, for {found[1]}, which the answer leads to"
+
+
+def chain_rule(policy: Policy, chain: Iterable[str]) -> tuple[DomainRule, str] | None:
+    """Return the rule that denies an answer, and the name on its chain that it denies; None when none does."""
     domains = policy.dns.domains
     for name in chain:
         rule = domains.match(name)
         if rule is not None and not rule.allow:
-            return f"rule: {rule.text}, for {name}, which the answer leads to"
+            return rule, name
     return None

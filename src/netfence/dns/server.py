@@ -16,21 +16,22 @@ from typing import Any
 import structlog
 
 from netfence.dns.cache import SharedCache
+from netfence.dns.counts import Counts, Totals
+from netfence.dns.decision import Sink
+from netfence.dns.explain import Looked
 from netfence.dns.gate import Gate, ProxyAnswer
 from netfence.dns.handler import Handler
-from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY
+from netfence.dns.limits import MAX_TCP_CONNECTIONS
 from netfence.dns.settings import DnsSettings
 from netfence.dns.tcp import TcpConnection
-from netfence.dns.turns import SLICE_S, Reader, Turns
+from netfence.dns.turns import Reader, Turns
 from netfence.dns.upstream import Resolver
-from netfence.dns.wire import HEADER_LEN
 from netfence.log import LogLimit
 
-__all__ = ["DnsServer", "DnsSettings", "Gate", "ProxyAnswer", "Resolver", "SharedCache", "Turns"]
+__all__ = ["DnsServer", "DnsSettings", "Gate", "Looked", "ProxyAnswer", "Resolver", "SharedCache", "Totals", "Turns"]
 
 _BACKLOG = 64
 _MAX_DATAGRAM = 65_535
-_PREFIX = 2  # octets of the length before a message on a stream
 _SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h; Linux 5.0
 
 log = structlog.get_logger(__name__)
@@ -54,15 +55,20 @@ class DnsServer:
         *,
         device: int = 0,
         turns: Turns | None = None,
+        totals: Totals | None = None,
     ) -> None:
         self._device = device
         self._turns = Turns() if turns is None else turns
-        self._sockets: tuple[socket.socket, ...] = ()
-        self._handler = Handler(gate, settings, cache, resolver, clock)
+        self._handler = Handler(gate, settings, cache, resolver, clock, totals)
         self._readers: tuple[Reader, ...] = ()
         self._listener: _Listener | None = None
         self._connections: set[TcpConnection] = set()
         self.port = 0
+
+    @property
+    def counts(self) -> Counts:
+        """Return what it has counted."""
+        return self._handler.counts
 
     async def start(self, address: str, port: int) -> None:
         """Bind UDP and TCP on exactly `address` and `port` and serve; port 0 takes any free one, then in `self.port`.
@@ -70,7 +76,6 @@ class DnsServer:
         Raises OSError as the kernel gave it; then nothing is bound, and it may be tried again.
         """
         udp, tcp = _bind(address, port, self._device)
-        self._sockets = (udp, tcp)
         self.port = udp.getsockname()[1]
         self._listener = _Listener(tcp, self._connection, self._connections)
         self._readers = (
@@ -78,19 +83,20 @@ class DnsServer:
             Reader(self._handler, tcp, self._listener.take, self._turns),
         )
 
-    def use_device(self, device: int) -> None:
-        """Serve what arrives by another interface from now on (a bridge took it in, or let it go); raises OSError."""
-        self._device = device
-        if self._readers:
-            for sock in self._sockets:
-                sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, device)
+    def watch(self, sink: Sink | None, *, passes: bool = True) -> None:
+        """Tell `sink` what becomes of each query from now on, of all that pass if `passes`; None: nobody any more."""
+        self._handler.watch(sink, passes=passes)
+
+    async def trace(self, name: str) -> list[Looked]:
+        """Tell how questions for the addresses of a name would be answered now; see `explain.Tracer`."""
+        return await self._handler.tracer().trace(self._handler.gate.policy, name)
 
     async def close(self) -> None:
         """Stop serving for good: sockets first, then the queries that still wait."""
         for reader in self._readers:
             reader.close()
         self._readers = ()
-        listener, self._listener, self._sockets = self._listener, None, ()
+        listener, self._listener = self._listener, None
         if listener is not None:
             await listener.settle()
         for connection in list(self._connections):
@@ -98,7 +104,7 @@ class DnsServer:
         await self._handler.close()
 
     def _connection(self) -> TcpConnection:
-        return _Stream(self._handler, self._connections, self._turns)
+        return TcpConnection(self._handler, self._connections, self._turns)
 
 
 class _Udp:
@@ -111,6 +117,7 @@ class _Udp:
         self._sock = sock
         self._handler = handler
         self._hot = handler.hot
+        self._ready = handler.counts.ready
         self._clock = handler.clock
         self._gate = handler.gate
         self._unlimited = handler.bucket is None
@@ -139,81 +146,19 @@ class _Udp:
             now = self._clock()
             if now < entry.fresh_until or entry.current(now):
                 self._gate.note_query(entry.allowed)
+                self._ready[entry.rcode] += 1
                 self._send(data[:2] + entry.body, address)
                 return
         elif entry is not None and (body := self._handler.ready(data)) is not None:
             self._send(body, address)
             return
-        self._handler.take(data, lambda reply: self._send(reply, address), tcp=False)
+        self._handler.take(data, lambda reply: self._send(reply, address), tcp=False, peer=address)
 
     def _send(self, reply: bytes, address: Any) -> None:  # noqa: ANN401 - as above
         try:
             self._sock.sendto(reply, address)
         except OSError:
             """Closed, full, or no way to the client."""
-
-
-class _Stream(TcpConnection):
-    """A connection whose messages are answered in slices: the loop reads 256 kB of it at once, thousands of queries."""
-
-    def __init__(self, handler: Handler, open_connections: set[TcpConnection], turns: Turns) -> None:
-        super().__init__(handler, open_connections)
-        self._turns = turns
-        self._backlog = False  # it waits for its turn
-
-    def _work(self) -> None:
-        """Hand complete messages to the handler for a slice, as far as the bounds allow."""
-        if not self._backlog:
-            began = time.monotonic()
-            self._backlog = self._slice()
-            self._turns.note(self._handler, began)
-            if self._backlog:
-                self._turns.join(self._handler, self._go_on)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Read on, or wait, or end, after a slice."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        if self._full or self._backlog or self._answering >= MAX_TCP_PIPELINE:
-            self._transport.pause_reading()
-        elif not self._ended:
-            self._transport.resume_reading()
-        elif not self._answering:
-            self._transport.close()
-
-    def eof_received(self) -> bool:
-        """Let what is waiting be answered, then close."""
-        return super().eof_received() or self._backlog or self._full
-
-    def _go_on(self) -> bool:
-        self._backlog = self._slice()
-        if not self._backlog:
-            self._settle()
-        return self._backlog
-
-    def _slice(self) -> bool:
-        """Take messages for a slice, one at least where there is one; True when there is another."""
-        until = 0.0
-        while (message := self._next()) is not None:
-            if until and time.monotonic() > until:
-                return True
-            until = until or time.monotonic() + SLICE_S
-            del self._buffer[: _PREFIX + len(message)]
-            self._progress = asyncio.get_running_loop().time()
-            self._message(message)
-        return False
-
-    def _next(self) -> bytes | None:
-        """Return the next complete message, which stays in the buffer; None when none may be taken."""
-        buffer = self._buffer
-        if self._transport is None or self._full or self._answering >= MAX_TCP_PIPELINE or len(buffer) < _PREFIX:
-            return None
-        length = buffer[0] << 8 | buffer[1]
-        if not HEADER_LEN <= length <= MAX_TCP_QUERY:
-            self._transport.abort()
-            return None
-        return bytes(buffer[_PREFIX : _PREFIX + length]) if len(buffer) >= _PREFIX + length else None
 
 
 class _Listener:

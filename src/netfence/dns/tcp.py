@@ -1,7 +1,8 @@
 """One TCP connection of a client: length-prefixed messages, pipelined, bounded, with an idle time-out (RFC 7766).
 
 A bad length prefix, a response, or a connection too many closes it. Reading pauses while `MAX_TCP_PIPELINE` queries are
-being answered or the client does not read its answers.
+being answered or the client does not read its answers. The loop reads 256 kB of a stream at once, thousands of queries:
+they are answered in slices (`turns`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+from netfence.dns.decision import Peer
 from netfence.dns.handler import Handler
 from netfence.dns.limits import (
     MAX_TCP_CONNECTIONS,
@@ -17,20 +19,26 @@ from netfence.dns.limits import (
     MAX_TCP_UNSENT,
     TCP_IDLE_S,
 )
+from netfence.dns.turns import Turns
 from netfence.dns.wire import HEADER_LEN
 
-_PREFIX = 2
+_PREFIX = 2  # octets of the length before a message
 
 
 class TcpConnection(asyncio.Protocol):
     """Frames messages for a `Handler`. `open_connections` holds the live connections of the attachment."""
 
-    def __init__(self, handler: Handler, open_connections: set[TcpConnection], idle_s: float = TCP_IDLE_S) -> None:
+    def __init__(
+        self, handler: Handler, open_connections: set[TcpConnection], turns: Turns, idle_s: float = TCP_IDLE_S
+    ) -> None:
         self._handler = handler
         self._open = open_connections
+        self._turns = turns
         self._idle_s = idle_s
         self._transport: asyncio.Transport | None = None
+        self._peer: Peer = None
         self._buffer = bytearray()
+        self._backlog = False  # it waits for its turn
         self._answering = 0
         self._full = False  # the client does not read
         self._ended = False  # the client sends no more
@@ -43,6 +51,7 @@ class TcpConnection(asyncio.Protocol):
             transport.close()
             return
         self._transport = cast(asyncio.Transport, transport)
+        self._peer = transport.get_extra_info("peername")
         self._open.add(self)
         self._transport.set_write_buffer_limits(high=MAX_TCP_UNSENT)
         loop = asyncio.get_running_loop()
@@ -68,9 +77,9 @@ class TcpConnection(asyncio.Protocol):
         self._work()
 
     def eof_received(self) -> bool:
-        """Let what is being answered go out, then close."""
+        """Let what is waiting and being answered go out, then close."""
         self._ended = True
-        return self._answering > 0
+        return self._answering > 0 or self._backlog or self._full
 
     def pause_writing(self) -> None:
         """Stop taking queries: the client does not read."""
@@ -84,33 +93,64 @@ class TcpConnection(asyncio.Protocol):
         self._work()
 
     def _work(self) -> None:
-        """Hand complete messages to the handler as far as the bounds allow, and read on or pause accordingly."""
-        while self._transport is not None and not self._full and self._answering < MAX_TCP_PIPELINE:
-            if len(self._buffer) < _PREFIX:
-                break
-            length = self._buffer[0] << 8 | self._buffer[1]
-            if not HEADER_LEN <= length <= MAX_TCP_QUERY:
-                self._transport.abort()
-                return
-            if len(self._buffer) < _PREFIX + length:
-                break
-            message = bytes(self._buffer[_PREFIX : _PREFIX + length])
-            del self._buffer[: _PREFIX + length]
-            self._progress = asyncio.get_running_loop().time()
+        """Hand complete messages to the handler for a slice, as far as the bounds allow, and read on or pause."""
+        if not self._backlog:
+            began = self._turns.clock()
+            self._backlog = self._slice(began)
+            self._turns.note(self._handler, began)
+            if self._backlog:
+                self._turns.join(self._handler, self._go_on)
+        self._settle()
+
+    def _go_on(self) -> bool:
+        """Have one slice of the backlog."""
+        self._backlog = self._slice(self._turns.clock())
+        if not self._backlog:
+            self._settle()
+        return self._backlog
+
+    def _slice(self, now: float) -> bool:
+        """Take messages for a slice, one at least where there is one; True when there is another."""
+        until = self._turns.until(self._handler, now)
+        if (message := self._next()) is None:
+            return False
+        self._progress = asyncio.get_running_loop().time()
+        while True:
+            del self._buffer[: _PREFIX + len(message)]
             self._message(message)
+            if (message := self._next()) is None:
+                return False
+            if self._turns.clock() > until:
+                return True
+
+    def _next(self) -> bytes | None:
+        """Return the next complete message, which stays in the buffer; None when none may be taken."""
+        buffer = self._buffer
+        if self._transport is None or self._full or self._answering >= MAX_TCP_PIPELINE or len(buffer) < _PREFIX:
+            return None
+        length = buffer[0] << 8 | buffer[1]
+        if not HEADER_LEN <= length <= MAX_TCP_QUERY:
+            self._transport.abort()
+            return None
+        return bytes(buffer[_PREFIX : _PREFIX + length]) if len(buffer) >= _PREFIX + length else None
+
+    def _settle(self) -> None:
+        """Read on, or wait, or end, after a slice."""
         if self._transport is None or self._transport.is_closing():
             return
-        if self._full or self._answering >= MAX_TCP_PIPELINE:
+        if self._full or self._backlog or self._answering >= MAX_TCP_PIPELINE:
             self._transport.pause_reading()
         elif not self._ended:
             self._transport.resume_reading()
+        elif not self._answering:
+            self._transport.close()
 
     def _message(self, message: bytes) -> None:
         if (reply := self._handler.ready(message)) is not None:
             self._write(reply)
             return
         self._answering += 1
-        if not self._handler.take(message, self._answer, tcp=True):
+        if not self._handler.take(message, self._answer, tcp=True, peer=self._peer):
             self._answering -= 1
             self.abort()
 

@@ -24,6 +24,10 @@ SLICE_S: Final = 0.00002
 """How long one socket is read before others have their turn: some ready-made replies, or the begin of one long way. An
 answer from the cache takes the client as long, wake-ups included."""
 
+LONG_SLICE_S: Final = 0.0005
+"""The same while nobody else asks: several long ways, so that a turn of the loop costs little beside them. Who begins
+to ask meanwhile waits as long, once, for the begin of its answer."""
+
 SHARE: Final = 0.3
 """Of the loop's time, beyond which nothing of the queue is taken while others ask: two of three find the loop idle."""
 
@@ -71,6 +75,10 @@ class Turns:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def until(self, owner: object, now: float) -> float:
+        """Return the end of a slice for `owner` that begins now."""
+        return now + (SLICE_S if self._others_ask(owner, now) else LONG_SLICE_S)
+
     def note(self, owner: object, began: float) -> None:
         """Note that `owner` asked something without having to wait, and was served since `began`."""
         if owner is not self._last:
@@ -101,13 +109,20 @@ class Turns:
             if self._waiting:
                 loop.call_soon(self._turn)
 
+    def _others_ask(self, owner: object, now: float) -> bool:
+        """Tell whether anybody else asks, other than from the queue."""
+        return now - (self._other_at if owner is self._last else self._last_at) < ASKING_S
+
     def _has_to_rest(self, owner: object) -> bool:
-        now, busy = self.clock(), self._busy_clock()
+        now = self.clock()
+        if not self._others_ask(owner, now):  # the thread's clock is a system call, and nobody's share is at stake
+            self._worked_at = now
+            return False
+        busy = self._busy_clock()
         earned = SHARE * (now - self._at) - (busy - self._busy) + self._served
         self._credit = max(min(self._credit + earned, BURST_S), -DEBT_S)
         self._at, self._busy, self._served = now, busy, 0.0
-        others_at = self._other_at if owner is self._last else self._last_at
-        if now - others_at < ASKING_S and self._credit <= 0 and now - self._worked_at < STARVED_S:
+        if self._credit <= 0 and now - self._worked_at < STARVED_S:
             return True
         self._worked_at = now
         return False
@@ -160,7 +175,7 @@ class Reader:
 
     def _slice(self, now: float) -> bool:
         try:
-            return self._take(now + SLICE_S)
+            return self._take(self._turns.until(self._owner, now))
         except OSError:
             self._loop.remove_reader(self._sock)
             self._timer = self._loop.call_later(PAUSE_S, self._watch)

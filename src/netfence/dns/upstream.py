@@ -19,7 +19,8 @@ import structlog
 
 from netfence.dns.answer import Answer, scan
 from netfence.dns.cache import CacheKey
-from netfence.dns.exchange import SPOOFED, UdpExchanger, ask_tcp
+from netfence.dns.counts import Failure, UpstreamCounts
+from netfence.dns.exchange import SPOOFED, TIMED_OUT, UdpExchanger, ask_tcp
 from netfence.dns.limits import MAX_FLIGHTS, MAX_FREE_FLIGHTS, RESOLVE_DEADLINE_S
 from netfence.dns.message import upstream_query
 from netfence.dns.settings import DnsSettings, Upstream, upstreams_of
@@ -40,6 +41,7 @@ class Resolver:
         self.timeout_s = settings.timeout_s
         self.attempts = settings.attempts
         self.udp = UdpExchanger(settings.timeout_s)
+        self.counts = UpstreamCounts(settings.upstreams)
         self._flights: dict[CacheKey, _Flight] = {}
         self._by_owner: dict[object, int] = {}  # flights charged to each
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,6 +74,7 @@ class Resolver:
         """Make the flight of a question; raises ExhaustedError or UnavailableError."""
         total = len(self._flights)
         if total >= MAX_FLIGHTS or (total >= MAX_FREE_FLIGHTS and owner in self._by_owner):
+            self.counts.refused += 1
             raise ExhaustedError(f"ask upstream: {total} questions are waiting for answers already")
         try:
             upstreams = upstreams_of(key.upstreams)
@@ -172,14 +175,17 @@ class _Flight:
             try:
                 self._resolver.udp.send(self._current, self._packet, self._question, self._on_udp)
             except OSError as error:
-                self._note(error.strerror or str(error), again=True)
+                self._note(error.strerror or str(error), "socket")
             else:
+                self._resolver.counts.note_asked(self._current)
                 return
         self.fail(self._why or "no time left")
 
-    def _note(self, why: str, *, again: bool) -> None:
+    def _note(self, why: str, failure: Failure) -> None:
+        """Note why the current upstream was of no use; who did not answer at all is asked again."""
         self._why = f"{self._current.text}: {why}"
-        if again:
+        self._resolver.counts.note_failed(self._current, failure)
+        if failure in ("timeout", "socket"):
             self._again.append(self._current)
 
     def _on_udp(self, data: bytes | None, why: str) -> None:
@@ -191,7 +197,7 @@ class _Flight:
                 self._resolver.note_mismatch(self._current)
                 self._resolver.spawn(self._over_tcp(), "dns-tcp")
             else:
-                self._note(why, again=True)
+                self._note(why, "timeout" if why == TIMED_OUT else "socket")
                 self.next_try()
         except Exception as error:
             if self._resolver.failures.due(self._resolver.clock()):
@@ -203,23 +209,25 @@ class _Flight:
         try:
             answer = scan(data, len(self._question), self._name, self._qtype, self._resolver.clock())
         except WireError as error:
-            self._note(f"unusable answer: {error}", again=False)
+            self._note(f"unusable answer: {error}", "unusable")
             self.next_try()
             return
         if answer.truncated and not tcp:
             self._resolver.spawn(self._over_tcp(), "dns-tcp")
         elif answer.truncated or answer.rcode in (SERVFAIL, REFUSED) or answer.rcode > 15:
-            self._note(f"answered with rcode {answer.rcode}", again=False)
+            self._note(f"answered with rcode {answer.rcode}", "rcode")
             self.next_try()
         else:
             self._end(answer)
 
     async def _over_tcp(self) -> None:
         """Ask the current upstream again over TCP."""
+        self._resolver.counts.note_asked(self._current)
         try:
             data = await ask_tcp(self._current, self._packet, self._question, self._resolver.timeout_s)
         except OSError as error:  # a time-out is one
-            self._note(f"over TCP: {error.strerror or str(error) or type(error).__name__}", again=True)
+            why = f"over TCP: {error.strerror or str(error) or type(error).__name__}"
+            self._note(why, "timeout" if isinstance(error, TimeoutError) else "socket")
             self.next_try()
         except Exception:
             self.fail("internal error")

@@ -160,6 +160,14 @@ class LeaseBook:
         lease = self._leases.get(address)
         return () if lease is None else tuple(lease.holds)
 
+    def names(self) -> Iterator[str]:
+        """Iterate over the names that hold an address."""
+        return iter(self._by_name)
+
+    def addresses_of(self, name: str) -> Sequence[bytes]:
+        """Return the addresses that the name holds, in no order."""
+        return tuple(self._by_name.get(name, ()))
+
     def expiry(self, address: bytes) -> float | None:
         """Return when the lease of the address ends; None without a lease."""
         lease = self._leases.get(address)

@@ -109,8 +109,11 @@ class DaemonServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Streams decisions as they are made, until the caller cancels. Never slows enforcement: events that do not fit are
-        dropped and counted in FlowEvent.lost. NOT_FOUND for an unknown id; the stream ends when that attachment leaves.
+        """Streams decisions as they are made, until the caller cancels: packets dropped, or in audit mode not dropped, and
+        DNS queries whatever became of them. Passed packets make no event. Never slows enforcement: events that do not fit
+        are dropped and counted in FlowEvent.lost. Initial metadata tells that it has begun. NOT_FOUND for an unknown id,
+        RESOURCE_EXHAUSTED for more than 32 streams at once, UNAVAILABLE when the daemon stops; the stream ends when that
+        attachment leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

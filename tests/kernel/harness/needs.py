@@ -45,6 +45,7 @@ LINK_KINDS = {
 """Kinds of links that not every kernel is built with: option of the kernel's configuration, name of the module."""
 
 NO_NIC = "this machine has no NIC: nothing in /sys/class/net has a device"
+IN_GUEST = "this is a guest of ci/vm.py: it has no network to fetch a kernel from, nor a place to keep it"
 _BUILT_WITHOUT = re.compile(r"this kernel was built without CONFIG_\w+\b.*")
 
 
@@ -96,12 +97,25 @@ def without_nic() -> NoReturn:
     pytest.skip(NO_NIC)
 
 
+def not_in_guest() -> None:
+    """Skip where a machine would have to run in a machine; `userspace` leaves the test out of most such runs before."""
+    if _is_guest():
+        pytest.skip(IN_GUEST)
+
+
 def earned(reason: str) -> bool:
     """Tell whether the reason is one of ours, and true on the running kernel."""
     feature, _, _ = reason.partition(":")
     if feature in FIRST_KERNEL:
         return reason == _waits(feature) and is_before(feature)
+    if reason == IN_GUEST:
+        return _is_guest()
     return reason == NO_NIC or _BUILT_WITHOUT.fullmatch(reason) is not None
+
+
+def _is_guest() -> bool:
+    """Tell whether virtme-ng, which ci/vm.py boots with, started this kernel."""
+    return "virtme_" in Path("/proc/cmdline").read_text()
 
 
 def _release() -> str:

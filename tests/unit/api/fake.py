@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -15,8 +15,18 @@ from urllib.parse import quote
 import grpc.aio
 
 from netfence.api.service import ApiServer, serve
-from netfence.api.views import AttachmentInfoView, AttachSpec, StatusView
+from netfence.api.views import (
+    AttachmentInfoView,
+    AttachSpec,
+    ExplainedAddress,
+    ExplanationView,
+    FlowVerdict,
+    FlowView,
+    StatusView,
+    SuggestionView,
+)
 from netfence.errors import NotFoundError
+from netfence.flow_watcher import Watcher
 from netfence.policy.modes import DnsMode, Mode
 from netfence.v1 import daemon_pb2_grpc
 
@@ -56,6 +66,26 @@ STATUS = StatusView(
 )
 
 
+EXPLANATION = ExplanationView(
+    subject="pypi.org",
+    name_verdict="pass",
+    steps=[
+        ("mode", "veth0", "packets allowlist, names allowlist"),
+        ("name", "pypi.org", "rule: allow pypi.org"),
+        ("answer", "pypi.org", "A: 192.0.2.1, 192.0.2.2; from cache, TTL 60 s"),
+        ("address", "192.0.2.1", "global"),
+        ("lease", "192.0.2.1", "live for 5 m 0 s more"),
+        ("address", "192.0.2.2", "global"),
+        ("rule", "192.0.2.0/24", "deny 192.0.2.0/24"),
+    ],
+    addresses=[
+        ExplainedAddress("192.0.2.1", "pass", "lease", lease_s=299.5),
+        ExplainedAddress("192.0.2.2", "drop", "deny_rule", "deny 192.0.2.0/24"),
+    ],
+    remedies=["remove deny 192.0.2.0/24"],
+)
+
+
 class FakeDaemon:
     """A `DaemonPort` that keeps its attachments in a list; `failure` is raised by the next calls if it is set."""
 
@@ -63,9 +93,14 @@ class FakeDaemon:
         self.views = list(views)
         self.specs: list[AttachSpec] = []
         self.failure: Exception | None = None
+        self.explanation = EXPLANATION
+        self.explained: list[tuple[str, str]] = []
+        self.suggestion = SuggestionView("default:\n  mode: block_all\n", 7)
+        self.suggested: list[str] = []
         self.hold: asyncio.Event | None = None
         self.attaching = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.watchers: list[Watcher] = []
 
     async def attach(self, spec: AttachSpec) -> AttachmentInfoView:
         self.specs.append(spec)
@@ -99,9 +134,43 @@ class FakeDaemon:
         self._fail()
         return sorted(self.views, key=lambda view: (view.attached_at, view.id))
 
+    async def explain(self, attachment_id: str, subject: str) -> ExplanationView:
+        self._fail()
+        self.explained.append((attachment_id, subject))
+        return self.explanation
+
+    async def suggest(self, attachment_id: str) -> SuggestionView:
+        self._fail()
+        self.suggested.append(attachment_id)
+        return self.suggestion
+
     async def status(self) -> StatusView:
         self._fail()
         return replace(STATUS, attachment_count=len(self.views))
+
+    @contextmanager
+    def watch(self, attachment_id: str, verdicts: Collection[FlowVerdict]) -> Iterator[Watcher]:
+        self._fail()
+        if attachment_id and all(view.id != attachment_id for view in self.views):
+            raise NotFoundError(f"watch: no attachment {attachment_id}; see `netfenced list`")
+        watcher = Watcher(attachment_id, verdicts)
+        self.watchers.append(watcher)
+        try:
+            yield watcher
+        finally:
+            self.watchers.remove(watcher)
+
+    async def tell(self, *views: FlowView, end: bool = False) -> None:
+        """Tell everybody who watches, when somebody does; then, with `end`, their attachment leaves."""
+        while not self.watchers:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.005)
+        for watcher in self.watchers:
+            for view in views:
+                if watcher.wants(view.id, view.verdict):
+                    watcher.lose(view.lost)
+                    watcher.put(view)
+            if end:
+                watcher.end()
 
     def _fail(self) -> None:
         if self.failure is not None:

@@ -332,18 +332,6 @@ def test_status_carries_every_field(tmp_path: Path) -> None:
     run(test())
 
 
-def test_watch_says_that_it_is_not_there_yet(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with serving(FakeDaemon(), tmp_path / "s"), calling(tmp_path / "s") as stub:
-            events = stub.Watch(daemon_pb2.WatchRequest())
-            with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await anext(aiter(events))
-        assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
-        assert "watch" in (raised.value.details() or "")
-
-    run(test())
-
-
 def test_health(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(FakeDaemon(), tmp_path / "s"), channel(tmp_path / "s") as made:

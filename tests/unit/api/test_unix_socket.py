@@ -19,7 +19,7 @@ from google.protobuf import empty_pb2
 from tests.unit.api.fake import FakeDaemon, calling, serving
 
 from netfence.api.service import serve
-from netfence.api.unix_socket import SocketPlace
+from netfence.api.unix_socket import SocketPlace, group_id
 from netfence.errors import InvalidError, NotFoundError, PermissionDeniedError, PreconditionError
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another group or user: needs root")
@@ -65,11 +65,12 @@ def test_socket_is_for_the_owner_alone_and_nothing_else_is_left(tmp_path: Path) 
 
 
 @needs_root
-def test_a_group_widens_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["name", "number"])
+def test_a_group_widens_it(tmp_path: Path, how: str) -> None:
     async def test() -> None:
         path = tmp_path / "nf.sock"
         group = next(entry for entry in grp.getgrall() if entry.gr_gid not in {0, os.getegid()})
-        async with serving(FakeDaemon(), path, group.gr_name):
+        async with serving(FakeDaemon(), path, group.gr_name if how == "name" else str(group.gr_gid)):
             found = path.lstat()
         assert (stat.S_IMODE(found.st_mode), found.st_gid, found.st_uid) == (0o660, group.gr_gid, os.geteuid())
 
@@ -96,9 +97,23 @@ def test_permissions_stand_before_the_name_does(tmp_path: Path, monkeypatch: pyt
 
 
 def test_unknown_group_is_an_error_naming_it(tmp_path: Path) -> None:
-    with pytest.raises(InvalidError, match="socket_group 'no-such-group'"):
+    with pytest.raises(InvalidError, match="socket_group 'no-such-group': no such group"):
         SocketPlace(tmp_path / "s", "no-such-group")
     assert _names(tmp_path) == []
+
+
+def test_a_number_may_be_nobodys_and_is_a_name_where_a_group_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert group_id("4294967294") == 2**32 - 2
+    group = grp.struct_group(("4242", "x", 7, []))
+    named = {"4242": group}
+    monkeypatch.setattr(grp, "getgrnam", named.__getitem__)
+    assert (group_id("4242"), group_id("7")) == (7, 7)
+
+
+@pytest.mark.parametrize("group", ["4294967295", "99999999999999999999", "-1", "0x10", "1.5", " 7", "\u0663"])
+def test_what_is_no_number_of_a_group_is_an_error_naming_the_key(group: str) -> None:
+    with pytest.raises(InvalidError, match=r"^socket_group "):
+        group_id(group)
 
 
 def test_a_dead_daemons_socket_is_replaced(tmp_path: Path) -> None:

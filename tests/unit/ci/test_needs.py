@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,18 @@ def test_configurations_and_lists_of_modules_are_read(tmp_path: Path, monkeypatc
         assert needs._modules() == {"dummy", "8021q", "garp", "veth"}
     finally:
         needs._modules.cache_clear()
+
+
+@pytest.mark.parametrize(("line", "guest"), [("quiet virtme_hostname=virtme-ng", True), ("quiet root=/dev/vda", False)])
+def test_what_boots_machines_does_not_run_in_guests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, *, guest: bool
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cmdline").write_text(line)
+    monkeypatch.setattr(needs, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert needs.earned(needs.IN_GUEST) == guest
+    with pytest.raises(pytest.skip.Exception) if guest else nullcontext():
+        needs.not_in_guest()
 
 
 SKIPPING = """

@@ -8,8 +8,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from tests.unit.dns.world import FakeUpstream, question, run, until
+from tests.unit.dns.world import WAIT_S, FakeUpstream, question, run, until
 
+from netfence.dns import exchange as exchange_module
 from netfence.dns.exchange import TIMED_OUT, UdpExchanger, matches, new_id
 from netfence.dns.settings import Upstream, upstream_of
 
@@ -38,6 +39,35 @@ def test_every_descriptor_is_given_back() -> None:
             assert results.count(TIMED_OUT) == 25
             assert (len(udp), open_descriptors()) == (0, before)
             udp.close()
+
+    run(go())
+
+
+def test_a_burst_of_answers_leaves_the_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "TAKE_S", 0.0)
+
+    async def go() -> None:
+        udp = UdpExchanger(5.0)
+        count = 3 * exchange_module._BATCH
+        results: list[str] = []
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
+            upstream.bind(("127.0.0.1", 0))
+            upstream.settimeout(5)
+            target = upstream_of(f"127.0.0.1:{upstream.getsockname()[1]}")
+            for _ in range(count):
+                udp.send(target, QUERY, QUERY[12:], lambda _data, why: results.append(why))
+            for _ in range(count):  # all are there before the loop looks
+                query, asker = upstream.recvfrom(512)
+                upstream.sendto(query[:2] + b"\x81\x80" + query[4:], asker)
+            steps = []
+            async with asyncio.timeout(WAIT_S):
+                while len(results) < count:
+                    before = len(results)
+                    await asyncio.sleep(0)
+                    steps.append(len(results) - before)
+        assert max(steps) == 1
+        assert results == [""] * count
+        udp.close()
 
     run(go())
 

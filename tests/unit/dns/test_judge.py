@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.dns.world import policy
 
-from netfence.dns.judge import chain_denial, judge
+from netfence.dns.judge import chain_denial, chain_rule, judge
 from netfence.policy.modes import DnsMode, Mode
 
 
@@ -29,6 +29,23 @@ def test_modes(mode: Mode, dns: DnsMode, audit: bool, denied: bool, learn: bool,
 
 def test_proxy_leaves_it_to_the_control_plane() -> None:
     assert judge(policy(DnsMode.PROXY, allow=["a.org"]), "a.org", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "dns", "name", "reason", "rule"),
+    [
+        (Mode.ALLOWLIST, DnsMode.ALLOWLIST, "x.a.org", "allow_rule", "allow a.org and below"),
+        (Mode.ALLOWLIST, DnsMode.ALLOWLIST, "b.org", "deny_rule", "deny b.org"),
+        (Mode.ALLOWLIST, DnsMode.ALLOWLIST, "c.org", "default_drop", None),
+        (Mode.ALLOWLIST, DnsMode.DENYLIST, "c.org", "default_pass", None),
+        (Mode.ALLOWLIST, DnsMode.DISABLED, "b.org", "mode_disabled", None),
+        (Mode.BLOCK_ALL, DnsMode.ALLOWLIST, "a.org", "block_all", None),
+    ],
+)
+def test_reasons(mode: Mode, dns: DnsMode, name: str, reason: str, rule: str | None) -> None:
+    verdict = judge(policy(dns, mode=mode, allow=[".a.org"], deny=["b.org"]), name, ())
+    assert verdict is not None
+    assert (verdict.reason, verdict.rule and verdict.rule.text) == (reason, rule)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +73,6 @@ def test_a_chain_is_denied_by_explicit_deny_rules_alone() -> None:
     why = chain_denial(rules, ["b.net", "x.evil.net"])
     assert why is not None
     assert "evil.net" in why
+    found = chain_rule(rules, ["b.net", "x.evil.net"])
+    assert found is not None
+    assert (found[0].text, found[1]) == ("deny evil.net and below", "x.evil.net")

@@ -186,6 +186,7 @@ def test_audit_of_block_all_and_of_a_denied_chain() -> None:
             assert addresses(await w.ask("c.org")) == ["93.184.216.35"]
             assert w.gate.learned == []
             assert "deny b.org" in w.gate.audits[-1][2]
+            assert w.gate.chains[-1] == ("b.org",)
 
     run(go())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import socket
 import struct
@@ -17,6 +18,7 @@ from tests.unit.dns.world import (
     addresses,
     policy,
     question,
+    rcode,
     read_framed,
     run,
     tcp_exchange,
@@ -24,7 +26,6 @@ from tests.unit.dns.world import (
     world,
 )
 
-from netfence.dns import server as server_module
 from netfence.dns import tcp as tcp_module
 from netfence.dns import turns as turns_module
 from netfence.dns.limits import MAX_TCP_CONNECTIONS, MAX_TCP_PIPELINE, MAX_TCP_QUERY, TCP_IDLE_S
@@ -153,10 +154,13 @@ def test_a_client_that_does_not_read_is_bounded_and_closed(monkeypatch: pytest.M
 
     async def go() -> None:
         zone = "".join(f"a.org. 600 IN A 93.184.{n // 200}.{n % 200}\n" for n in range(500))
-        async with world(policy(allow=["a.org"]), zone) as w:
+        async with world(policy(allow=["a.org"]), zone, timeout_s=5.0) as w:  # dnslib is slow
             cut = w.upstream.answer
             w.upstream.udp = lambda query: [cut(query)[:2] + b"\x83" + cut(query)[3:]][:1]
-            _, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or the kernel takes megabytes
+            sock.connect(("127.0.0.1", w.server.port))
+            _, writer = await asyncio.open_connection(sock=sock)
             await until(lambda: bool(connections(w)))
             (connection,) = connections(w)
             writer.write(framed(question("a.org")) * 2000)
@@ -170,15 +174,20 @@ def test_a_client_that_does_not_read_is_bounded_and_closed(monkeypatch: pytest.M
     run(go())
 
 
+ONE_READ = 256 * 1024  # octets that uvloop reads of a stream at once
+
+
 @pytest.fixture
 def one_message_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "SLICE_S", 0.0)
+    for name in ("SLICE_S", "LONG_SLICE_S"):
+        monkeypatch.setattr(turns_module, name, 0.0)
 
 
-async def count_turns(turns: list[int]) -> None:
+async def sample(counts: dict[bool, int], seen: list[int]) -> None:
+    """Note in each turn of the loop how many queries were allowed so far."""
     while True:
+        seen.append(counts[True])
         await asyncio.sleep(0)
-        turns.append(1)
 
 
 @pytest.mark.usefixtures("one_message_a_slice")
@@ -189,13 +198,32 @@ def test_a_stream_of_ready_replies_leaves_the_loop_to_others_between_slices() ->
             reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
             total = 500
             writer.write(framed(question("a.org")) * total)
-            turns: list[int] = []
-            counting = asyncio.ensure_future(count_turns(turns))
+            seen: list[int] = []
+            sampling = asyncio.ensure_future(sample(w.gate.counts, seen))
             for _ in range(total):
                 assert addresses(DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))) == [PUBLIC]
-            counting.cancel()
-            assert len(turns) >= total - 1
+            sampling.cancel()
+            assert max(after - before for before, after in itertools.pairwise(seen)) <= 2
             assert w.gate.counts[True] == total + 1
+            writer.close()
+
+    run(go())
+
+
+@pytest.mark.usefixtures("one_message_a_slice")
+def test_no_more_is_read_of_a_stream_whose_messages_wait_for_their_turn() -> None:
+    async def go() -> None:
+        async with world(policy(allow=["a.org"]), ZONE) as w:
+            reader, writer = await asyncio.open_connection("127.0.0.1", w.server.port)
+            await until(lambda: bool(connections(w)))
+            (connection,) = connections(w)
+            long, total = question("a.org") + bytes(4000), 1000  # with what has no place there
+            writer.write(framed(long) * total)
+            kept = []
+            for _ in range(total):
+                assert rcode(DNSRecord.parse(await asyncio.wait_for(read_framed(reader), 5))) == "FORMERR"
+                kept.append(len(connection._buffer))
+            assert max(kept) <= ONE_READ + len(framed(long))
             writer.close()
 
     run(go())

@@ -13,7 +13,18 @@ from structlog.testing import capture_logs
 from tests.unit.dns.world import Clock, run, until
 
 from netfence.dns import turns as turns_module
-from netfence.dns.turns import ASKING_S, BURST_S, DEBT_S, REST_S, SHARE, SLICE_S, STARVED_S, Reader, Turns
+from netfence.dns.turns import (
+    ASKING_S,
+    BURST_S,
+    DEBT_S,
+    LONG_SLICE_S,
+    REST_S,
+    SHARE,
+    SLICE_S,
+    STARVED_S,
+    Reader,
+    Turns,
+)
 
 MINE, THEIRS = "mine", "theirs"
 
@@ -135,12 +146,47 @@ def test_the_queue_starves_for_no_longer_than_told_however_busy_the_loop_is() ->
 
 def test_neither_credit_nor_debt_grow_without_bound() -> None:
     bench = Bench()
+    bench.turns.note(THEIRS, bench.clock.now)
     bench.rests()
     bench.clock.now += 100
+    bench.turns.note(THEIRS, bench.clock.now)
     bench.rests()
     assert bench.turns._credit == BURST_S
     bench.busy.now += 100
     bench.rests()
+    assert bench.turns._credit == -DEBT_S
+
+
+def test_a_slice_is_long_while_nobody_else_asks() -> None:
+    bench = Bench()
+    turns, clock = bench.turns, bench.clock
+
+    def slice_of(owner: str) -> float:
+        return turns.until(owner, clock.now) - clock.now
+
+    turns.note(MINE, clock.now)
+    turns.note(MINE, clock.now)
+    assert slice_of(MINE) == pytest.approx(LONG_SLICE_S)
+    assert slice_of(THEIRS) == pytest.approx(SLICE_S)
+    clock.now += ASKING_S / 2
+    turns.note(THEIRS, clock.now)
+    assert slice_of(MINE) == pytest.approx(SLICE_S)
+    clock.now += ASKING_S / 2
+    turns.note(THEIRS, clock.now)  # who asks again and again does not forget that others do
+    assert slice_of(MINE) == pytest.approx(SLICE_S)
+    assert slice_of(THEIRS) == pytest.approx(LONG_SLICE_S)  # we have not asked for as long
+    clock.now += ASKING_S
+    assert slice_of(MINE) == pytest.approx(LONG_SLICE_S)
+
+
+def test_time_spent_alone_is_held_against_the_queue_as_far_as_its_debt_goes() -> None:
+    bench = Bench()
+    assert not bench.rests()
+    bench.clock.now += 10
+    bench.busy.now += 10
+    assert not bench.rests()
+    bench.turns.note(THEIRS, bench.clock.now)
+    assert bench.rests()
     assert bench.turns._credit == -DEBT_S
 
 
@@ -156,6 +202,30 @@ def test_who_asked_long_ago_is_waited_for_no_more() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ readers
+
+
+@pytest.mark.parametrize(("others", "slice_s"), [(False, LONG_SLICE_S), (True, SLICE_S)], ids=["alone", "not alone"])
+def test_a_reader_takes_for_a_slice(others: bool, slice_s: float) -> None:
+    async def go() -> None:
+        clock, ends = Clock(), []
+        turns = Turns(clock, Clock())
+        if others:
+            turns.note(THEIRS, clock.now)
+        with pair() as (ours, theirs):
+
+            def take(until: float) -> bool:
+                ours.recv(1)
+                ends.append(until - clock.now)
+                return len(ends) == 1
+
+            reader = Reader(MINE, ours, take, turns)
+            theirs.send(b"a")
+            theirs.send(b"b")
+            await until(lambda: len(ends) == 2)  # as it comes, and from the queue
+            assert ends == pytest.approx([slice_s, slice_s])
+            reader.close()
+
+    run(go())
 
 
 @contextmanager

@@ -99,6 +99,7 @@ class FakeGate:
     learned: list[tuple[str, tuple[bytes, ...], float]] = field(default_factory=list)
     counts: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     audits: list[tuple[str, tuple[bytes, ...], str]] = field(default_factory=list)
+    chains: list[tuple[str, ...]] = field(default_factory=list)  # of the audited answers
     asked: list[tuple[str, str]] = field(default_factory=list)
     refuse: NetfenceError | None = None
     decide: Callable[[str, str], Coroutine[Any, Any, Decision]] | None = None
@@ -120,8 +121,9 @@ class FakeGate:
     def note_query(self, allowed: bool) -> None:
         self.counts[allowed] += 1
 
-    def note_audit(self, name: str, addresses: Sequence[bytes], why: str) -> None:
+    def note_audit(self, name: str, addresses: Sequence[bytes], why: str, chain: Sequence[str] = ()) -> None:
         self.audits.append((name, tuple(addresses), why))
+        self.chains.append(tuple(chain))
 
     async def ask_control_plane(self, name: str, qtype: str) -> Decision:
         self.asked.append((name, qtype))

@@ -193,3 +193,13 @@ def test_expiry_is_the_latest_that_was_asked_for(holds: list[tuple[str, bytes, f
     book = book_of(*holds)
     for address in {address for _, address, _ in holds}:
         assert book.expiry(address) == max(expiry for _, held, expiry in holds if held == address)
+
+
+def test_names_and_the_addresses_that_they_hold_are_told() -> None:
+    book = LeaseBook()
+    book.hold("a", WEB, 10)
+    book.hold("a", CDN, 10)
+    book.hold("b", CDN, 20)
+    assert (set(book.names()), set(book.addresses_of("a")), book.addresses_of("b")) == ({"a", "b"}, {WEB, CDN}, (CDN,))
+    book.drop_names(lambda name: name != "a")
+    assert (list(book.names()), book.addresses_of("a")) == (["b"], ())

@@ -19,7 +19,7 @@ from netfence.dataplane.hooks.tcx import detach, replace
 from netfence.dataplane.links import AttachType
 from netfence.errors import PreconditionError
 
-__all__ = ["ATTACH_TYPES", "MECHANISM", "attach", "attached", "detach", "in_front", "replace"]
+__all__ = ["ATTACH_TYPES", "MECHANISM", "attach", "attached", "detach", "in_front", "program", "replace"]
 
 MECHANISM = "cgroup-link"
 
@@ -61,11 +61,16 @@ def attach(prog_fd: int, cgroup_fd: int, path: str, attach_type: AttachType, pin
 
 def attached(pin: Path, cgroup_id: int) -> bool:
     """Tell whether the pinned link is in force on this very cgroup (False once it was removed)."""
+    return program(pin, cgroup_id) != 0
+
+
+def program(pin: Path, cgroup_id: int) -> int:
+    """Return the id of the program that the pinned link runs on this very cgroup; 0 where it is not in force."""
     try:
         info = links.pinned_link_info(pin)
     except OSError as error:
         raise explain(f"read the link pinned at {pin}", error) from error
-    return info is not None and info.target == cgroup_id
+    return info.prog_id if info is not None and info.target == cgroup_id else 0
 
 
 def in_front(cgroup_fd: int, attach_type: AttachType, prog_id: int) -> tuple[Foreign, ...]:

@@ -18,9 +18,9 @@ from netfence.dataplane.hooks.tcx import detach, replace
 from netfence.dataplane.rtnl import Rtnl
 from netfence.errors import NetfenceError, PreconditionError
 
-__all__ = ["MECHANISMS", "attach", "attached", "detach", "replace"]
+__all__ = ["MECHANISMS", "attach", "attached", "detach", "in_force", "replace"]
 
-GENERIC, NATIVE = 1 << 1, 1 << 2  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
+GENERIC, NATIVE = rtnl.XDP_SKB, rtnl.XDP_DRV
 MECHANISMS = {NATIVE: "xdp-native", GENERIC: "xdp-generic"}
 """Tried in this order."""
 
@@ -62,15 +62,21 @@ def attach(prog_fd: int, ifindex: int, name: str, pin: Path) -> str:
 
 def attached(pin: Path, ifindex: int) -> bool:
     """Tell whether the pinned link is in force on this very device, as `tcx.attached` does."""
+    return in_force(pin, ifindex) is not None
+
+
+def in_force(pin: Path, ifindex: int) -> str | None:
+    """Return which of MECHANISMS the pinned link is on this very device; None where it is not in force."""
     try:
         info = links.pinned_link_info(pin)
         if info is None or info.target != ifindex:
-            return False
+            return None
         with Rtnl() as netlink:
-            return info.prog_id in rtnl.get_xdp_programs(netlink, ifindex)
+            modes = rtnl.get_xdp_modes(netlink, ifindex)
+        return next((MECHANISMS[mode] for mode, there in modes.items() if there == info.prog_id), None)
     except OSError as error:
         if error.errno == errno.ENODEV:
-            return False
+            return None
         raise explain(f"read the link pinned at {pin}", error) from error
 
 

@@ -1,0 +1,108 @@
+"""The names that only audit let through, remembered for `suggest` (semantics.md 10): one bounded memory per attachment.
+
+Knows nothing of packets: where they went the kernel remembers (`dataplane.flows.SeenMap`). Times play no part: what is
+asked for often enough to be suggested is asked for again, and then it is the latest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from netfence.policy.prefix import address_text, parse_address
+
+MAX_NAMES: Final = 1024
+"""Names remembered of one attachment: a policy of more nobody reviews. Beyond them the one asked for longest ago is
+forgotten, and counted: a workload that asks for ever new names cannot make us remember more."""
+
+MAX_ADDRESSES: Final = 32
+"""Addresses remembered of one name, the latest: those that a resolver gives in turn while a client still uses an older
+one."""
+
+MAX_CHAIN: Final = 8
+"""Names remembered of what an answer leads to: real chains are shorter. All three together: some 5 MB of an attachment
+at the very most, and 0.2 MB of one whose names are like most."""
+
+
+@dataclass(slots=True)
+class AuditedName:
+    """A name: how often it was asked for, the packed addresses it got, and the names that its last answer led to."""
+
+    queries: int = 0
+    addresses: dict[bytes, None] = field(default_factory=dict)  # a set that keeps order: the latest last
+    chain: tuple[str, ...] = ()
+
+    def copy(self) -> AuditedName:
+        """Return one that stays as this is now."""
+        return AuditedName(self.queries, dict(self.addresses), self.chain)
+
+
+class AuditMemory:
+    """The audited names of one attachment, the one asked for last at the end."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, AuditedName] = {}
+        self.forgotten = 0
+        self.changes = 0  # moves with every note: whoever stores it knows whether it has to
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def note(self, name: str, addresses: Iterable[bytes], chain: Sequence[str] = ()) -> None:
+        """Note one query for a name that is denied: the packed addresses of the answer, the names that it led to."""
+        self.changes += 1
+        known = self._names.pop(name, None)
+        if known is None:
+            known = AuditedName()
+            if len(self._names) >= MAX_NAMES:
+                del self._names[next(iter(self._names))]
+                self.forgotten += 1
+        self._names[name] = known  # the latest again
+        known.queries += 1
+        known.chain = tuple(chain[:MAX_CHAIN])
+        for address in addresses:
+            known.addresses.pop(address, None)
+            known.addresses[address] = None
+        while len(known.addresses) > MAX_ADDRESSES:
+            del known.addresses[next(iter(known.addresses))]
+
+    def names(self) -> Iterator[tuple[str, AuditedName]]:
+        """Yield every name with what is known of it, the one asked for longest ago first."""
+        return iter(self._names.items())
+
+    def copy(self) -> AuditMemory:
+        """Return one that stays as this is now, for another thread."""
+        memory = AuditMemory()
+        memory._names = {name: known.copy() for name, known in self._names.items()}
+        memory.forgotten = self.forgotten
+        return memory
+
+    def clear(self) -> None:
+        """Forget everything: the attachment is over."""
+        self.changes += 1
+        self._names.clear()
+        self.forgotten = 0
+
+    def dump(self) -> str:
+        """Return it as text for the store: one JSON object."""
+        names = [
+            [name, known.queries, [address_text(address) for address in known.addresses], known.chain]
+            for name, known in self._names.items()
+        ]
+        return json.dumps({"names": names, "forgotten": self.forgotten}, separators=(",", ":"))
+
+    @classmethod
+    def load(cls, text: str) -> AuditMemory:
+        """Read what `dump` wrote. Raises ValueError when it is damaged."""
+        memory = cls()
+        try:
+            stored = json.loads(text)
+            for name, queries, addresses, chain in stored["names"][-MAX_NAMES:]:
+                packed = dict.fromkeys(parse_address(address) for address in addresses[-MAX_ADDRESSES:])
+                memory._names[str(name)] = AuditedName(int(queries), packed, tuple(map(str, chain[:MAX_CHAIN])))
+            memory.forgotten = int(stored["forgotten"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"read audited names: damaged: {error!r}") from error
+        return memory

@@ -1,0 +1,274 @@
+"""Who watches what is decided: `netfenced watch`, `top` and others, each with a queue that nobody has to empty.
+
+Owns the watchers, and that nobody pays for them otherwise: the kernel reports drops, and DNS servers tell decisions, of
+the attachments that somebody watches and while somebody does. Every `TICK_S` what was reported is handed out, in
+slices. A watcher's queue is `flow_watcher`'s, how an event looks `flow_views`', how it travels the API's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from netfence.api.views import FlowVerdict, FlowView
+from netfence.dataplane.plane import Flow
+from netfence.dns.decision import Decision, Sink
+from netfence.errors import ExhaustedError, NotFoundError, UnavailableError
+from netfence.flow_views import Judging, dns_view, packet_verdict, packet_view
+from netfence.flow_watcher import Watcher
+
+TICK_S: Final = 0.05
+"""Between two looks at what was reported: nobody sees the delay, and a flood's reports fit the kernel's ring."""
+
+MAX_WATCHERS: Final = 32
+"""Streams at once: operators and their tools, not workloads. Each may keep `flow_watcher.QUEUE` events in memory."""
+
+RATE: Final = 1000.0
+"""Events a second handed out, shared among the watchers: each costs some 80 µs until it is sent, so a tenth of a core
+is what a flood can cost. More than that nobody reads."""
+
+SLICE: Final = 8
+"""Events made and handed out before others have their turn: 0.1 ms, as much as an answer of the DNS server."""
+
+QUERIES: Final = 64
+"""Decisions of one DNS server taken in one tick: a workload that floods its own must not displace those of others."""
+
+AGE_S: Final = 0.02
+"""What a report's time may be off: of what is older than the watch that is about to see it, nobody asked."""
+
+
+class Plane(Protocol):
+    """What is needed of the data plane."""
+
+    def watch_slots(self, slots: Collection[int]) -> None:
+        """Have the kernel report drops of these slots, and of no others."""
+        ...
+
+    def read_flows(self) -> list[Flow]:
+        """Return what it has reported since."""
+        ...
+
+
+class Server(Protocol):
+    """What is needed of an attachment's DNS server."""
+
+    def watch(self, sink: Sink | None, *, passes: bool = True) -> None:
+        """Tell `sink` of each decision from now on, of those that pass if `passes`."""
+        ...
+
+
+class Placed(Protocol):
+    """What is needed of an attachment's row."""
+
+    @property
+    def id(self) -> str:
+        """Return the attachment's id."""
+        ...
+
+    @property
+    def slot(self) -> int:
+        """Return its slot in the kernel."""
+        ...
+
+
+class Attached(Protocol):
+    """What is needed of an attachment that is in force; see `lifecycle.Live`."""
+
+    @property
+    def row(self) -> Placed:
+        """Return its id and slot, which never change."""
+        ...
+
+    @property
+    def attachment(self) -> Judging:
+        """Return what knows its policy and its leases."""
+        ...
+
+    @property
+    def server(self) -> Server:
+        """Return its DNS server."""
+        ...
+
+
+class _Tap:
+    """What one DNS server tells its decisions to."""
+
+    __slots__ = ("_heard", "_lost", "attached", "passes", "room")
+
+    def __init__(self, attached: Attached, heard: list[_Heard]) -> None:
+        self.attached = attached
+        self.passes: bool | None = None  # not listening yet
+        self.room = QUERIES
+        self._heard = heard
+        self._lost = 0
+
+    def __call__(self, decision: Decision) -> None:
+        if self.room:
+            self.room -= 1
+            self._heard.append((time.time(), self, decision, self._lost))
+            self._lost = 0
+        else:
+            self._lost += 1
+
+
+_Heard = tuple[float, _Tap, Decision, int]  # when, by the wall clock; whose; what; how many were lost before
+
+
+class Flows:
+    """All watchers of the daemon. `attached` gives the attachments in force; use it only on the event loop."""
+
+    def __init__(self, plane: Plane, attached: Callable[[], Sequence[Attached]]) -> None:
+        self._plane, self._attached = plane, attached
+        self._watchers: list[Watcher] = []
+        self._there: Sequence[Attached] = ()  # as of the last tick
+        self._slots: dict[int, Attached] = {}  # of these
+        self._taps: dict[str, _Tap] = {}
+        self._heard: list[_Heard] = []
+        self._since = 0.0  # when the kernel began to report
+        self._wanted = asyncio.Event()
+        self._closed = False
+
+    @contextmanager
+    def watch(self, attachment_id: str, verdicts: Collection[FlowVerdict]) -> Iterator[Watcher]:
+        """Give a stream of what is decided from now on about one attachment, or ("") all; no `verdicts`: any.
+
+        It ends when that attachment leaves. Raises NotFoundError for an unknown id, ExhaustedError beyond
+        `MAX_WATCHERS`, and UnavailableError, later in the iteration too, when the daemon stops.
+        """
+        if self._closed:
+            raise _stopping()
+        if attachment_id and all(one.row.id != attachment_id for one in self._attached()):
+            raise NotFoundError(f"watch: no attachment {attachment_id}; see `netfenced list`")
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise ExhaustedError(f"watch: {MAX_WATCHERS} streams are open already, which is the limit; end one of them")
+        watcher = Watcher(attachment_id, verdicts)
+        if not self._watchers:
+            self._heard.clear()  # what the last one left
+        if not any(one.wants_packets for one in self._watchers):
+            self._since = time.monotonic() - AGE_S
+        self._watchers.append(watcher)
+        try:
+            self._follow(self._attached())
+            self._wanted.set()
+            yield watcher
+        finally:
+            self._watchers.remove(watcher)
+            self._follow(self._there)
+
+    def close(self) -> None:
+        """End all streams: the daemon stops."""
+        self._closed = True
+        for watcher in self._watchers:
+            watcher.end(_stopping())
+
+    async def run(self) -> None:
+        """Hand out what is reported while somebody watches, until cancelled."""
+        while True:
+            while not self._watchers:
+                self._wanted.clear()
+                await self._wanted.wait()
+            await asyncio.sleep(TICK_S)
+            await self._tick()
+
+    async def _tick(self) -> None:
+        """Hand out what was reported since the last tick, and follow the coming and going of attachments."""
+        before, there = self._slots, self._attached()
+        same = there == self._there
+        after = before if same else {one.row.slot: one for one in there}
+        reported = self._plane.read_flows() if any(watcher.wants_packets for watcher in self._watchers) else []
+        heard = self._heard[:]
+        self._heard.clear()
+        for tap in self._taps.values():
+            tap.room = QUERIES
+        wall = time.time() - time.monotonic()
+        rules: dict[int, dict[bytes, str]] = {}
+        for count, flow in enumerate(reported):
+            self._packet(flow, before, after, wall, rules)
+            if count % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+        for count, (at, tap, decision, lost) in enumerate(heard):
+            attachment_id = tap.attached.row.id
+            if takers := self._takers(attachment_id, decision.word, lost):
+                _hand_out(takers, dns_view(attachment_id, decision, at))
+            if count % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+        if not same:
+            self._follow(there)
+
+    def _packet(
+        self,
+        flow: Flow,
+        before: Mapping[int, Attached],
+        after: Mapping[int, Attached],
+        wall: float,
+        rules: dict[int, dict[bytes, str]],
+    ) -> None:
+        """Hand out one report of the kernel's, if it can be told whose it is: slots are used again."""
+        old, new = before.get(flow.slot), after.get(flow.slot)
+        attached = old or new
+        if attached is None or flow.at < self._since:
+            return
+        verdict = packet_verdict(flow)
+        if old is not None and new is not None and old is not new:  # of either
+            for watcher in self._watchers:
+                if watcher.wants(old.row.id, verdict) or watcher.wants(new.row.id, verdict):
+                    watcher.lose(1 + flow.lost)
+        elif takers := self._takers(attached.row.id, verdict, flow.lost):
+            view = packet_view(attached.row.id, attached.attachment, flow, wall, rules.setdefault(flow.slot, {}))
+            _hand_out(takers, view)
+
+    def _takers(self, attachment_id: str, verdict: FlowVerdict, lost: int) -> list[Watcher]:
+        """Return who wants such an event and has room for it; the others lose it. All lose what was `lost` before."""
+        takers = []
+        now = time.monotonic()
+        rate = RATE / max(len(self._watchers), 1)
+        for watcher in self._watchers:
+            if watcher.wants(attachment_id, verdict):
+                watcher.lose(lost)
+                if watcher.has_room(rate, now):
+                    takers.append(watcher)
+                else:
+                    watcher.lose(1)
+        return takers
+
+    def _follow(self, there: Sequence[Attached]) -> None:
+        """Watch what somebody wants to see of what is there, and nothing else; end the streams of what left."""
+        ids = {one.row.id for one in there}
+        for watcher in self._watchers:
+            if watcher.id and watcher.id not in ids:
+                watcher.end()
+        self._there, self._slots = there, {one.row.slot: one for one in there}
+        packets = _chosen(there, [watcher for watcher in self._watchers if watcher.wants_packets])
+        self._plane.watch_slots({one.row.slot for one in packets})
+        wanted = {one.row.id: one for one in _chosen(there, self._watchers)}
+        passed = _chosen(there, [watcher for watcher in self._watchers if watcher.wants_passes])
+        passes = {one.row.id for one in passed}
+        for gone in self._taps.keys() - wanted.keys():
+            self._taps.pop(gone).attached.server.watch(None)
+        for attachment_id, one in wanted.items():
+            tap = self._taps.get(attachment_id)
+            if tap is None:
+                tap = self._taps[attachment_id] = _Tap(one, self._heard)
+            if tap.passes is not (attachment_id in passes):
+                tap.passes = attachment_id in passes
+                one.server.watch(tap, passes=tap.passes)
+
+
+def _chosen(there: Sequence[Attached], watchers: Sequence[Watcher]) -> Sequence[Attached]:
+    """Return what these watchers watch."""
+    if any(not watcher.id for watcher in watchers):
+        return there
+    ids = {watcher.id for watcher in watchers}
+    return [one for one in there if one.row.id in ids] if ids else []
+
+
+def _hand_out(takers: Sequence[Watcher], view: FlowView) -> None:
+    for watcher in takers:
+        watcher.put(view)
+
+
+def _stopping() -> UnavailableError:
+    return UnavailableError("watch: the daemon is stopping; watch again when it is back")

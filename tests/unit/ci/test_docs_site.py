@@ -1,0 +1,171 @@
+"""The documentation: no warning, nothing loaded from elsewhere, nothing left out, no link that leads nowhere."""
+
+from __future__ import annotations
+
+import ast
+import html
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import click
+import pytest
+
+import docs_reference
+from netfence.cli import cli
+from netfence.config import KEYS
+from netfence.policy.modes import Reason
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCS = ROOT / "docs"
+LEVELS = {"info", "warning", "error", "critical", "exception"}
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
+# A browser follows these by itself; a link in the text waits for the reader.
+LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
+LINKED = {"canonical", "next", "prev", "alternate"}  # kinds of <link> that load nothing
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site as nox does."""
+    directory = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+class Loads(HTMLParser):
+    """Collects what a page makes a browser load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "link" and given.get("rel") in LINKED:
+            return
+        if address := given.get(LOADED.get(tag, ""), ""):
+            self.addresses.append(address)
+
+
+def test_the_site_asks_nobody_for_anything(site: Path) -> None:
+    pages = [*site.rglob("*.html")]
+    assert len(pages) > 20
+    for page in pages:
+        loads = Loads()
+        loads.feed(page.read_text())
+        assert loads.addresses
+        assert [each for each in loads.addresses if urlsplit(each).netloc] == [], page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", sheet.read_text()), sheet.name
+
+
+def text_of(page: Path) -> str:
+    """Return a page's text without its tags."""
+    return html.unescape(re.sub(r"<[^>]+>", "", page.read_text()))
+
+
+def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from commands(below, f"{path} {name}")
+
+
+def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
+    page = (site / "reference/cli.html").read_text()
+    told = [*commands(cli, "netfenced")]
+    assert len(told) > 10
+    for path, command in told:
+        start = page.find(f'id="{path.replace(" ", "-")}"')
+        assert start >= 0, path
+        section = page[start:].partition("<h2")[0]
+        for parameter in command.params:
+            names = (
+                parameter.opts
+                if isinstance(parameter, click.Option)
+                else [parameter.make_metavar(click.Context(command))]
+            )
+            missing = [name for name in names if html.escape(name) not in section]
+            assert not missing, f"{path}: {missing}"
+
+
+def test_every_key_is_in_the_reference(site: Path) -> None:
+    page = (site / "reference/configuration.html").read_text()
+    for key in KEYS.leaves:
+        start = page.find(f'id="{key.replace(".", "")}"')
+        assert start >= 0, key
+        said = re.sub(r"<[^>]+>", "", page[start:].partition("<h3")[0].partition("</h3>")[2])
+        assert len(said.partition("Default:")[0].split()) > 1, f"{key}: nothing is said of it"
+        assert f"NETFENCE_{key.replace('.', '__').upper()}" in said
+
+
+@pytest.mark.parametrize(("page", "proto"), [("api", "daemon"), ("api", "types"), ("control-api", "control")])
+def test_every_element_of_the_contract_is_in_the_reference(site: Path, page: str, proto: str) -> None:
+    text = text_of(site / f"reference/{page}.html")
+    source = (ROOT / f"proto/netfence/v1/{proto}.proto").read_text()
+    names = re.findall(r"^\s*(?:message|enum|service|rpc) (\w+)|^\s+[\w<>, .]*?(\w+) = \d+;", source, re.MULTILINE)
+    assert len(names) > 15
+    for name in {one or other for one, other in names}:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def logged() -> Iterator[tuple[str, str]]:
+    """Yield file and event of everything that the daemon logs by a word that stands there."""
+    for path in (ROOT / "src/netfence").rglob("*.py"):
+        if "controlplane" in path.parts:  # the kit: another process, of whoever uses it
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
+                continue
+            if node.args and isinstance(node.args[0], ast.Constant) and node.keywords:
+                yield path.name, str(node.args[0].value)
+
+
+def test_every_log_event_is_in_the_reference() -> None:
+    events = [*logged()]
+    assert len(events) > 60
+    page = (DOCS / "reference/log-events.md").read_text()
+    missing = {f"{file}: {event}" for file, event in events if f"`{event}`" not in page}
+    assert not missing, f"write them into docs/reference/log-events.md: {sorted(missing)}"
+
+
+def test_every_reason_and_sentence_is_in_the_semantics() -> None:
+    page = (DOCS / "reference/semantics.md").read_text()
+    assert [reason.name for reason in Reason if f"`{reason.name.lower()}`" not in page] == []
+    assert re.findall(r"^\*\*(\d+)\.", page, re.MULTILINE) == [str(number) for number in range(1, 28)]
+
+
+def test_every_decision_is_in_the_index(site: Path) -> None:
+    page = (site / "decisions/index.html").read_text()
+    files = [path.stem for path in (DOCS / "decisions").glob("0*.md")]
+    assert len(files) > 10
+    assert [name for name in files if f"{name}.html" not in page] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as a forge and mkdocs make them."""
+    titles = re.findall(r"^#+ (.+)$", docs_reference.fill(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower().replace("`", "")).strip().replace(" ", "-") for title in titles}
+
+
+def pages() -> list[Path]:
+    return [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for address, anchor in LINK.findall(text):
+        target = (page.parent / unquote(address)).resolve() if address else page
+        assert target.exists(), address
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{address}#{anchor}"

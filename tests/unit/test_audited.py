@@ -1,0 +1,64 @@
+"""The memory of audited names: bounded, the latest stay, and it comes back from its text."""
+
+from __future__ import annotations
+
+import pytest
+
+from netfence.audited import MAX_ADDRESSES, MAX_CHAIN, MAX_NAMES, AuditMemory
+
+A, B = bytes((192, 0, 2, 1)), bytes(15) + b"\1"
+
+
+def names(memory: AuditMemory) -> list[str]:
+    return [name for name, _ in memory.names()]
+
+
+def test_queries_addresses_and_the_last_chain_are_kept() -> None:
+    memory = AuditMemory()
+    memory.note("a.test", [A], ["cdn.test"])
+    memory.note("b.test", [])
+    memory.note("a.test", [B, A], ["other.test"])
+    known = dict(memory.names())
+    assert (known["a.test"].queries, list(known["a.test"].addresses)) == (2, [B, A])
+    assert known["a.test"].chain == ("other.test",)
+    assert (known["b.test"].queries, known["b.test"].addresses, len(memory)) == (1, {}, 2)
+    assert names(memory) == ["b.test", "a.test"]  # the one asked for last at the end
+
+
+def test_whatever_a_workload_asks_it_stays_bounded() -> None:
+    memory = AuditMemory()
+    memory.note("first.test", [A])
+    for number in range(MAX_NAMES):
+        if number % 100 == 0:
+            memory.note("used.test", [A])
+        memory.note(f"n{number}.test", [])
+    assert len(memory) == MAX_NAMES
+    assert "first.test" not in names(memory)
+    assert "used.test" in names(memory)
+    assert memory.forgotten == 2
+    addresses = [number.to_bytes(4, "big") for number in range(MAX_ADDRESSES + 5)]
+    memory.note("many.test", addresses, ["link.test"] * (MAX_CHAIN + 1))
+    known = dict(memory.names())["many.test"]
+    assert list(known.addresses) == addresses[5:]
+    assert len(known.chain) == MAX_CHAIN
+
+
+def test_it_comes_back_from_its_text() -> None:
+    memory = AuditMemory()
+    memory.note("a.test", [A, B], ["cdn.test"])
+    memory.note('evil"\n.test', [])
+    memory.forgotten = 3
+    again = AuditMemory.load(memory.copy().dump())
+    assert (list(again.names()), again.forgotten) == (list(memory.names()), 3)
+    assert again.changes == 0
+    copy = memory.copy()
+    memory.note("a.test", [A])
+    memory.clear()
+    assert (len(memory), memory.forgotten, len(copy)) == (0, 0, 2)
+    assert dict(copy.names())["a.test"].queries == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"names": [["a"]], "forgotten": 0}', '{"names": 1, "forgotten": 0}'])
+def test_damage_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match="damaged"):
+        AuditMemory.load(text)
