@@ -365,12 +365,14 @@ class Fleet:
             assert [self._arrived(member.target, address) for address in denied] == [0] * len(denied), denied
             return
         for address in (one for one in allowed if ":" not in one):
-            member.agent.udp().sendto(b"x", (address, 9))
+            with member.agent.udp() as sock:
+                sock.sendto(b"x", (address, 9))
         for address in (one for one in denied if ":" not in one):
-            try:
-                member.agent.udp().sendto(b"x", (address, 9))
-            except PermissionError:
-                continue
+            with member.agent.udp() as sock:
+                try:
+                    sock.sendto(b"x", (address, 9))
+                except PermissionError:
+                    continue
             message = f"{member.name} reached {address}"
             raise AssertionError(message)
 
