@@ -437,6 +437,8 @@ class Lifecycle:
             dns_queries_blocked=attachment.queries_blocked,
             policy_version=row.policy_version,
             policy_hash=attachment.policy_hash,
+            packets_would_block=sum(counters.would_packets),
+            audit=attachment.policy.audit,
         )
 
     async def look_in_front(self, live: Live) -> None:

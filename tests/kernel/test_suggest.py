@@ -110,6 +110,7 @@ def test_what_was_seen_passes_with_the_suggestion_and_what_is_dangerous_does_not
     assert (info.packets_blocked, info.dns_queries_blocked) == (0, 0)
     counters = daemon.counters(fenced.id)
     assert sum(counters.would_packets) == 3 * (len(ALL_THROUGH) - 6)  # … and counts all but names and the open address
+    assert (info.audit, info.packets_would_block) == (True, sum(counters.would_packets))
 
     text, policy = suggested(daemon, fenced, tmp_path)
     (entry,) = policy["attachments"]

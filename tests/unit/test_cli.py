@@ -240,8 +240,8 @@ def test_list_is_readable_when_piped(daemon: Background) -> None:
     ]
     by_id = {row[0]: row for row in rows}
     assert by_id["id-0"] == [
-        *("id-0", "veth0", "tc workload (tcx)", "allowlist", "proxy", "127.0.0.1:11000"),
-        *(f"{2**63 + 1}/2", "3/4", "2h", "tenant=acme"),
+        *("id-0", "veth0", "tc workload (tcx)", "allowlist (audit)", "proxy", "127.0.0.1:11000"),
+        *(f"{2**63 + 1}/2 (5 would drop)", "3/4", "2h", "tenant=acme"),
     ]
     assert by_id["id-1"][1] == cgroup.target
     assert by_id["id-1"][2] == "cgroup (cgroup-link)"
@@ -269,6 +269,8 @@ def test_list_json_is_stable(daemon: Background) -> None:
         "attached_at": "2023-11-14T22:13:20.250Z",
         "policy_version": "v7",
         "policy_hash": HASH,
+        "audit": True,
+        "packets_would_block": 5,
     }
     document = {"attachments": [attachment], "total_count": 1, "complete": True}
     assert json.loads(result.stdout) == document

@@ -147,6 +147,8 @@ def attachment_message(view: AttachmentInfoView) -> daemon_pb2.AttachmentInfo:
         hook=_HOOKS[view.hook],
         direction=daemon_pb2.DIRECTION_UNSPECIFIED if cgroup else _DIRECTIONS[view.direction],
         attach_mechanism=view.attach_mechanism,
+        packets_would_block=view.packets_would_block,
+        audit=view.audit,
     )
 
 

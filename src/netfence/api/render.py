@@ -48,6 +48,8 @@ def attachment_document(info: daemon_pb2.AttachmentInfo) -> dict[str, Any]:
         "attached_at": info.attached_at.ToJsonString(),
         "policy_version": info.policy_version,
         "policy_hash": info.policy_hash,
+        "audit": info.audit,
+        "packets_would_block": info.packets_would_block,
     }
 
 
@@ -71,14 +73,15 @@ def attachment_row(info: daemon_pb2.AttachmentInfo, now: float) -> Row:
     document = attachment_document(info)
     metadata = ",".join(f"{key}={value}" for key, value in document["metadata"].items())
     hook = " ".join(filter(None, (document["hook"], document["direction"])))
+    would = f" ({info.packets_would_block} would drop)" if info.packets_would_block else ""
     row = (
         info.id,
         info.target,
         f"{hook} ({info.attach_mechanism})",
-        document["mode"],
+        f"{document['mode']} (audit)" if info.audit else document["mode"],
         document["dns_mode"],
         info.dns_address,
-        f"{info.packets_allowed}/{info.packets_blocked}",
+        f"{info.packets_allowed}/{info.packets_blocked}{would}",
         f"{info.dns_queries_allowed}/{info.dns_queries_blocked}",
         age_text(now - info.attached_at.ToMilliseconds() / 1000),
         metadata,

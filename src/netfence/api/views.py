@@ -59,6 +59,8 @@ class AttachmentInfoView:
     dns_queries_blocked: int = 0
     policy_version: str = ""
     policy_hash: str = ""
+    packets_would_block: int = 0
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class ListResponse(_message.Message):
     def __init__(self, attachments: _Optional[_Iterable[_Union[AttachmentInfo, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., total_count: _Optional[int] = ...) -> None: ...
 
 class AttachmentInfo(_message.Message):
-    __slots__ = ("id", "target", "type", "mode", "dns_mode", "dns_address", "metadata", "packets_allowed", "packets_blocked", "dns_queries_allowed", "dns_queries_blocked", "attached_at", "policy_version", "policy_hash", "hook", "direction", "attach_mechanism")
+    __slots__ = ("id", "target", "type", "mode", "dns_mode", "dns_address", "metadata", "packets_allowed", "packets_blocked", "dns_queries_allowed", "dns_queries_blocked", "attached_at", "policy_version", "policy_hash", "hook", "direction", "attach_mechanism", "packets_would_block", "audit")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,8 @@ class AttachmentInfo(_message.Message):
     HOOK_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     ATTACH_MECHANISM_FIELD_NUMBER: _ClassVar[int]
+    PACKETS_WOULD_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     id: str
     target: str
     type: _types_pb2.AttachmentType
@@ -127,7 +129,9 @@ class AttachmentInfo(_message.Message):
     hook: Hook
     direction: Direction
     attach_mechanism: str
-    def __init__(self, id: _Optional[str] = ..., target: _Optional[str] = ..., type: _Optional[_Union[_types_pb2.AttachmentType, str]] = ..., mode: _Optional[_Union[_types_pb2.PolicyMode, str]] = ..., dns_mode: _Optional[_Union[_types_pb2.DnsMode, str]] = ..., dns_address: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., packets_allowed: _Optional[int] = ..., packets_blocked: _Optional[int] = ..., dns_queries_allowed: _Optional[int] = ..., dns_queries_blocked: _Optional[int] = ..., attached_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., policy_version: _Optional[str] = ..., policy_hash: _Optional[str] = ..., hook: _Optional[_Union[Hook, str]] = ..., direction: _Optional[_Union[Direction, str]] = ..., attach_mechanism: _Optional[str] = ...) -> None: ...
+    packets_would_block: int
+    audit: bool
+    def __init__(self, id: _Optional[str] = ..., target: _Optional[str] = ..., type: _Optional[_Union[_types_pb2.AttachmentType, str]] = ..., mode: _Optional[_Union[_types_pb2.PolicyMode, str]] = ..., dns_mode: _Optional[_Union[_types_pb2.DnsMode, str]] = ..., dns_address: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., packets_allowed: _Optional[int] = ..., packets_blocked: _Optional[int] = ..., dns_queries_allowed: _Optional[int] = ..., dns_queries_blocked: _Optional[int] = ..., attached_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., policy_version: _Optional[str] = ..., policy_hash: _Optional[str] = ..., hook: _Optional[_Union[Hook, str]] = ..., direction: _Optional[_Union[Direction, str]] = ..., attach_mechanism: _Optional[str] = ..., packets_would_block: _Optional[int] = ..., audit: _Optional[bool] = ...) -> None: ...
 
 class DaemonStatus(_message.Message):
     __slots__ = ("version", "daemon_id", "hostname", "control_plane_state", "control_plane_address", "attachment_count", "uptime", "kernel_release", "features")

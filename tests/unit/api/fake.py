@@ -51,6 +51,8 @@ VIEW = AttachmentInfoView(
     dns_queries_blocked=4,
     policy_version="v7",
     policy_hash=HASH,
+    packets_would_block=5,
+    audit=True,
 )
 
 STATUS = StatusView(

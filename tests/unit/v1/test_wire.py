@@ -210,6 +210,8 @@ MESSAGES = {
         "hook": (102, "Hook"),
         "direction": (103, "Direction"),
         "attach_mechanism": (104, "string"),
+        "packets_would_block": (105, "uint64"),
+        "audit": (106, "bool"),
     },
     "DaemonStatus": {
         "version": (1, "string"),
