@@ -99,3 +99,26 @@ def test_attachments(bench: Bench, attachments: int) -> None:
             title = f"verdict-{name}-ipv4-allow-hit-attachments-{where}"
             report(title, {"netfence": told}, attachments=attachments, rules=RULES_EACH, cpu_pinned=CPU)
             assert where == "random" or told.median < FAR_OFF_NS
+
+
+@pytest.mark.usefixtures("pinned")
+def test_watched_drops(bench: Bench) -> None:
+    """A drop that nobody is told of, and one of a flood that somebody watches: beyond the limit it is only counted."""
+    bench.load(policy(RULES_EACH, 4))
+    reason, first = STATES["miss"]
+    packet = frame(first, 4)
+    for name in HOOKS:
+        before = bench.counted(reason)
+        unwatched = bench.hot(name, packet)
+
+        def watched(measure: Callable[[], float] = unwatched) -> float:
+            with bench.watching():
+                return measure()
+
+        contestants = {"unwatched": unwatched, "watched": watched, "empty": bench.hot_empty(name, packet)}
+        series = compare("ns", contestants, RUNS)
+        assert bench.counted(reason) - before == 2 * (RUNS + 1) * HOT_RUNS
+        told = {what: over(series[what], series["empty"]) for what in ("watched", "unwatched")}
+        report(f"verdict-{name}-ipv4-miss-watched-hot", {"netfence": told["watched"]}, rules=RULES_EACH, cpu_pinned=CPU)
+        assert told["watched"].median < told["unwatched"].median + FAR_OFF_NS
+    assert bench.reported

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +114,7 @@ class Bench:
         self.plane = plane
         self._inside = topology.host.inside
         self._slots: list[int] = []
+        self.reported = 0
         self.add_attachments(1)
         self._rows, self._programs = self._compile(directory)  # programs: ours to close
         for name, hook in HOOKS.items():
@@ -207,6 +209,16 @@ class Bench:
     def _ns(self, program: str, frame: bytes, runs: int) -> float:
         with self._inside():
             return float(links.prog_test_run(self._programs[program], frame, repeat=runs).duration_ns)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the kernel tell of the first attachment's drops; `reported` counts what it told."""
+        plane = self.plane.plane
+        plane.watch_slots(self._slots[:1])
+        yield
+        plane.watch_slots(())
+        while some := plane.read_flows():
+            self.reported += len(some)
 
     def verdict(self, hook: str, frame: bytes) -> int:
         """Return the shipped program's answer to one packet."""
