@@ -377,7 +377,6 @@ static __always_inline int parse_linear(void *context, int hook, const struct co
     struct cursor cursor = cursor_of(context, hook);
     int l3 = hook == HOOK_CGROUP || (hook == HOOK_TC && (config->flags & NF_FLAG_L3));
     int tags = hook == HOOK_TC && skb->vlan_present ? 1 : 0;
-    __builtin_memset(&packet->source_port, 0, sizeof(*packet) - __builtin_offsetof(struct packet, source_port));
     return parse_frame(&cursor, l3, hook == HOOK_XDP ? 0 : skb->protocol, tags, packet);
 }
 
@@ -389,6 +388,8 @@ static __always_inline int parse_linear(void *context, int hook, const struct co
 static __always_inline int parse(void *context, int hook, const struct config *config, struct packet *packet)
 {
     struct __sk_buff *skb = context; /* but under XDP */
+    /* Before anything fails: what cannot be read is told of too. */
+    __builtin_memset(&packet->source_port, 0, sizeof(*packet) - __builtin_offsetof(struct packet, source_port));
     if (hook == HOOK_TC) {
         struct cursor cursor = cursor_of(context, hook);
         __u64 linear = cursor.end - cursor.data;

@@ -86,12 +86,15 @@ class AuditMemory:
         self.forgotten = 0
 
     def dump(self) -> str:
-        """Return it as text for the store: one JSON object."""
+        """Return it as text for the store: one JSON object.
+
+        Written name by name: megabytes in one go would keep every other thread from the interpreter meanwhile.
+        """
         names = [
-            [name, known.queries, [address_text(address) for address in known.addresses], known.chain]
+            json.dumps([name, known.queries, list(map(address_text, known.addresses)), known.chain])
             for name, known in self._names.items()
         ]
-        return json.dumps({"names": names, "forgotten": self.forgotten}, separators=(",", ":"))
+        return f'{{"forgotten":{self.forgotten},"names":[{",".join(names)}]}}'
 
     @classmethod
     def load(cls, text: str) -> AuditMemory:
@@ -103,6 +106,6 @@ class AuditMemory:
                 packed = dict.fromkeys(parse_address(address) for address in addresses[-MAX_ADDRESSES:])
                 memory._names[str(name)] = AuditedName(int(queries), packed, tuple(map(str, chain[:MAX_CHAIN])))
             memory.forgotten = int(stored["forgotten"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"read audited names: damaged: {error!r}") from error
         return memory

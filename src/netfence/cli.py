@@ -169,10 +169,18 @@ def attach(
 
 
 @cli.command(epilog=examples("netfenced detach --id 6f1c2a9e"))
-@click.option("--id", "attachment_id", required=True, metavar="ID", shell_complete=complete_id, help="From attach.")
+@click.option(
+    "--id",
+    "attachment_id",
+    required=True,
+    metavar="ID",
+    shell_complete=complete_id,
+    help="From attach; its first characters will do.",
+)
 def detach(attachment_id: str) -> None:
     """Take the fence off a target."""
     with connected() as daemon:
+        attachment_id = daemon.whole_id(attachment_id)
         daemon.detach(attachment_id)
     click.echo(f"detached {attachment_id}")
 

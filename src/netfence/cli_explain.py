@@ -23,7 +23,12 @@ _STYLES: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 _id_option = click.option(
-    "--id", "attachment_id", required=True, metavar="ID", shell_complete=complete_id, help="From attach or list."
+    "--id",
+    "attachment_id",
+    required=True,
+    metavar="ID",
+    shell_complete=complete_id,
+    help="From attach or list; its first characters will do.",
 )
 
 
@@ -49,7 +54,7 @@ def why(attachment_id: str, subject: str, *, as_json: bool) -> None:
     from netfence.api import explain_render  # noqa: PLC0415
 
     with connected() as daemon:
-        answer = daemon.explain(attachment_id, subject)
+        answer = daemon.explain(daemon.whole_id(attachment_id), subject)
     if as_json:
         show_json(explain_render.explanation_document(answer))
         return
@@ -80,7 +85,7 @@ def suggest(attachment_id: str, output: Path | None, *, as_json: bool) -> None:
     comments on what went where. Read it before use: an audited workload can ask for whatever it likes.
     """
     with connected() as daemon:
-        answer = daemon.suggest(attachment_id)
+        answer = daemon.suggest(daemon.whole_id(attachment_id))
     if output is not None:
         _write(output, answer.policy)
     if as_json:

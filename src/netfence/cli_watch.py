@@ -125,7 +125,13 @@ netfenced watch --json | jq -r 'select(.verdict == "drop") | .destination'
 """
     )
 )
-@click.option("--id", "attachment_id", metavar="ID", shell_complete=complete_id, help="Only this attachment.")
+@click.option(
+    "--id",
+    "attachment_id",
+    metavar="ID",
+    shell_complete=complete_id,
+    help="Only this attachment; the first characters of its id will do.",
+)
 @click.option(
     "--verdict", "verdicts", multiple=True, type=click.Choice(VERDICTS), help="Only these verdicts; may be repeated."
 )
@@ -150,7 +156,11 @@ def watch(
     """
     chosen = Filter(**wanted)
     _check(attachment_id, verdicts, chosen)
-    with until_interrupted(), connected() as daemon, daemon.watch(attachment_id or "", verdicts) as stream:
+    with (
+        until_interrupted(),
+        connected() as daemon,
+        daemon.watch(daemon.whole_id(attachment_id or ""), verdicts) as stream,
+    ):
         show = _json_line if as_json else _line
         known = Known(daemon)
         loss = Loss(told=not as_json)

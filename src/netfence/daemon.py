@@ -192,9 +192,10 @@ class _Process:
             finally:
                 flows.close()  # or those who watch would be waited for
                 await api.close(GRACE_S)
-            await names.save()
             if config.enforcement.on_shutdown == "detach":
                 await _end_all(lifecycle, detach=True)  # here, while the control plane can be told
+            else:
+                await names.save()
             await parts.control.drain()
             background.cancel()
 

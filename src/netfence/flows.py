@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Final, Protocol
 
 from netfence.api.views import FlowVerdict, FlowView
@@ -35,6 +37,9 @@ SLICE: Final = 8
 
 QUERIES: Final = 64
 """Decisions of one DNS server taken in one tick: a workload that floods its own must not displace those of others."""
+
+FLOOD: Final = RATE * TICK_S
+"""Events of one tick beyond which attachments take turns: there is not room for all."""
 
 AGE_S: Final = 0.02
 """What a report's time may be off: of what is older than the watch that is about to see it, nobody asked."""
@@ -145,8 +150,6 @@ class Flows:
         if len(self._watchers) >= MAX_WATCHERS:
             raise ExhaustedError(f"watch: {MAX_WATCHERS} streams are open already, which is the limit; end one of them")
         watcher = Watcher(attachment_id, verdicts)
-        if not self._watchers:
-            self._heard.clear()  # what the last one left
         if not any(one.wants_packets for one in self._watchers):
             self._since = time.monotonic() - AGE_S
         self._watchers.append(watcher)
@@ -156,7 +159,11 @@ class Flows:
             yield watcher
         finally:
             self._watchers.remove(watcher)
-            self._follow(self._there)
+            if self._watchers:
+                self._follow(self._there)
+            else:  # who leaves while nobody watches is not kept either
+                self._follow(())
+                self._heard.clear()
 
     def close(self) -> None:
         """End all streams: the daemon stops."""
@@ -175,8 +182,8 @@ class Flows:
 
     async def _tick(self) -> None:
         """Hand out what was reported since the last tick, and follow the coming and going of attachments."""
-        before, there = self._slots, self._attached()
-        same = there == self._there
+        before, there, known = self._slots, self._attached(), self._there
+        same = there == known
         after = before if same else {one.row.slot: one for one in there}
         reported = self._plane.read_flows() if any(watcher.wants_packets for watcher in self._watchers) else []
         heard = self._heard[:]
@@ -185,17 +192,14 @@ class Flows:
             tap.room = QUERIES
         wall = time.time() - time.monotonic()
         rules: dict[int, dict[bytes, str]] = {}
-        for count, flow in enumerate(reported):
-            self._packet(flow, before, after, wall, rules)
+        for count, event in enumerate(_in_turns([*reported, *heard])):
+            if isinstance(event, Flow):
+                self._packet(event, before, after, wall, rules)
+            else:
+                self._decision(event)
             if count % SLICE == SLICE - 1:
                 await asyncio.sleep(0)
-        for count, (at, tap, decision, lost) in enumerate(heard):
-            attachment_id = tap.attached.row.id
-            if takers := self._takers(attachment_id, decision.word, lost):
-                _hand_out(takers, dns_view(attachment_id, decision, at))
-            if count % SLICE == SLICE - 1:
-                await asyncio.sleep(0)
-        if not same:
+        if not same and self._there is known:  # else who began to watch meanwhile has followed what is newer
             self._follow(there)
 
     def _packet(
@@ -219,6 +223,13 @@ class Flows:
         elif takers := self._takers(attached.row.id, verdict, flow.lost):
             view = packet_view(attached.row.id, attached.attachment, flow, wall, rules.setdefault(flow.slot, {}))
             _hand_out(takers, view)
+
+    def _decision(self, heard: _Heard) -> None:
+        """Hand out one decision of a DNS server."""
+        at, tap, decision, lost = heard
+        attachment_id = tap.attached.row.id
+        if takers := self._takers(attachment_id, decision.word, lost):
+            _hand_out(takers, dns_view(attachment_id, decision, at))
 
     def _takers(self, attachment_id: str, verdict: FlowVerdict, lost: int) -> list[Watcher]:
         """Return who wants such an event and has room for it; the others lose it. All lose what was `lost` before."""
@@ -255,6 +266,22 @@ class Flows:
             if tap.passes is not (attachment_id in passes):
                 tap.passes = attachment_id in passes
                 one.server.watch(tap, passes=tap.passes)
+
+
+def _in_turns(events: list[Flow | _Heard]) -> list[Flow | _Heard]:
+    """Return events in an order in which a workload's flood displaces no other's, nor its queries its packets.
+
+    Of a flood, the first packet and the first query of each attachment come before anybody's second.
+    """
+    if len(events) <= FLOOD:
+        return events
+    before: Counter[tuple[int, bool]] = Counter()
+    turns: list[tuple[int, Flow | _Heard]] = []
+    for event in events:
+        whose = (event.slot, True) if isinstance(event, Flow) else (event[1].attached.row.slot, False)
+        turns.append((before[whose], event))
+        before[whose] += 1
+    return [event for _, event in sorted(turns, key=itemgetter(0))]
 
 
 def _chosen(there: Sequence[Attached], watchers: Sequence[Watcher]) -> Sequence[Attached]:

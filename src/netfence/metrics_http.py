@@ -37,6 +37,9 @@ REQUEST_S: Final = 3.0
 ANSWER_S: Final = 10.0
 """Seconds a client has for taking the answer once it is made; Prometheus itself gives up after as long by default."""
 
+BETWEEN_S: Final = 0.01
+"""Seconds between two connections: who opens ever new ones costs the loop, which answers DNS too, a few percent."""
+
 PAUSE_S: Final = 1.0
 """How long a socket on which nothing can be accepted (no descriptor left) is left alone."""
 
@@ -138,6 +141,7 @@ class MetricsServer:
             task = group.create_task(self._serve(sock), name="metrics connection")
             self._open[task] = self._asking[task] = None
             task.add_done_callback(self._forget)
+            await asyncio.sleep(BETWEEN_S)
 
     def _make_room(self) -> None:
         """Drop a connection if there are as many as there may be."""

@@ -110,6 +110,8 @@ def select(connection: sqlite3.Connection, table: str = "attachments", order: st
     for values in connection.execute(f"SELECT {COLUMNS} FROM {table} ORDER BY {order}"):  # noqa: S608 - constants
         data = dict(zip(_NAMES, values, strict=True))
         metadata, acked = json.loads(data.pop("metadata")), bool(data.pop("acked"))
+        if not isinstance(metadata, dict):
+            raise ValueError(f"read state: the metadata of {data['id']} is no JSON object")  # noqa: TRY004 - damage
         yield replace(Row(**data), metadata=metadata, acked=acked)
 
 

@@ -103,6 +103,7 @@ class Sorted:
         self.refused: dict[str, str] = {}
         self.never: dict[str, Traffic] = {}
         self._owners: dict[bytes, list[str]] = {}
+        self._homes: dict[bytes, Traffic | str] = {}
         for name, known in facts.names:
             self._own(name, list(known.addresses))
             self._sort_name(name, known.chain)
@@ -156,14 +157,24 @@ class Sorted:
             what = f"of {quoted(owners[0])}, " if owners else ""
             self._propose(address, one, f"{what}special-purpose: not allowed without a look")
             return
-        for name in owners:
-            if (traffic := self._traffic_of(name)) is not None:
-                traffic.add(one)
-                return
-        if denied := [name for name in owners if plain(name)]:
-            self._propose(address, one, f"of {quoted(denied[0])}, which is denied")
+        if (home := self._homes.get(address)) is None:
+            home = self._homes[address] = self._home_of(owners)
+        if isinstance(home, Traffic):
+            home.add(one)
+        elif home:
+            self._propose(address, one, f"of {quoted(home)}, which is denied")
         else:
             self.hosts.setdefault(address, Traffic()).add(one)
+
+    def _home_of(self, owners: Sequence[str]) -> Traffic | str:
+        """Return where the traffic of an address with these names is counted, or the name that is denied, "" for none.
+
+        Asked once for each address: a workload can give one address a thousand names, and send to all of its ports.
+        """
+        for name in owners:
+            if (traffic := self._traffic_of(name)) is not None:
+                return traffic
+        return next((name for name in owners if plain(name)), "")
 
     def _traffic_of(self, name: str) -> Traffic | None:
         """Return where the traffic of a name that is, or is to be, allowed is counted; None for another."""

@@ -255,9 +255,9 @@ def _lock(data_dir: Path) -> int:
 
 def _is_damage(error: BaseException) -> bool:
     """Tell whether the file itself is broken, not the disk, its rights or another's lock."""
-    return isinstance(error, ValueError) or (
-        isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-    )
+    if isinstance(error, sqlite3.OperationalError):
+        return not hasattr(error, "sqlite_errorcode")  # not SQLite's, but Python's: text that is not UTF-8
+    return isinstance(error, (ValueError, sqlite3.DatabaseError))
 
 
 def _open(path: Path) -> tuple[sqlite3.Connection, Known, dict[str, Row]]:

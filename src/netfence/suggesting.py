@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from netfence import __version__
@@ -59,16 +60,25 @@ async def suggest(lifecycle: Lifecycle, attachment_id: str) -> SuggestionView:
         raise ExhaustedError(
             f"{what}: its policy has {rules} rules, and a suggestion repeats up to {MAX_RULES}; audit with fewer"
         )
-    text = await asyncio.to_thread(lambda: write(facts))
+    held, leased = _held(live, seen)
+    endpoints = [one.endpoint for one in lifecycle.every() if one is not live]
+    suffixes = lifecycle.parts.dns.search_suffixes
+
+    def work() -> str:
+        found, unlisted = _leased(policy, held, leased, suffixes)
+        foreign = frozenset((one.packed, one.port) for one in endpoints)
+        return write(replace(facts, leased=found, unlisted=unlisted, foreign_dns=foreign))
+
+    text = await asyncio.to_thread(work)
     if len(text) > MAX_BYTES:
         raise ExhaustedError(f"{what}: it has {len(text)} bytes, {MAX_BYTES} are the limit; audit with fewer rules")
     return SuggestionView(text, missed)
 
 
 def _facts(lifecycle: Lifecycle, live: Live, seen: Sequence[Seen], missed: int) -> Facts:
+    """Return what is to be had in a moment, on the event loop; `suggest` has the rest made in a thread."""
     row, attachment = live.row, live.attachment
     others = [one for one in lifecycle.every() if one is not live]
-    leased, unlisted = _leased(live, seen, lifecycle.parts.dns.search_suffixes)
     return Facts(
         id=row.id,
         target=row.name,
@@ -80,29 +90,33 @@ def _facts(lifecycle: Lifecycle, live: Live, seen: Sequence[Seen], missed: int) 
         missed=missed,
         names=[(name, known.copy()) for name, known in attachment.audited.names()],
         forgotten=attachment.audited.forgotten,
-        leased=leased,
-        unlisted=unlisted,
-        foreign_dns=frozenset((one.endpoint.packed, one.endpoint.port) for one in others),
         private=PrivateSpace(lifecycle.parts.dns.allow_private),
         now=time.monotonic(),
     )
 
 
-def _leased(live: Live, seen: Sequence[Seen], suffixes: Sequence[str]) -> tuple[dict[str, list[bytes]], int]:
+def _held(live: Live, seen: Sequence[Seen]) -> tuple[Mapping[bytes, Sequence[str]], Sequence[str]]:
+    """Return the names that opened addresses which were seen, and, in DNS mode denylist, all that opened any."""
+    attachment = live.attachment
+    held = {address: attachment.names_of(address) for address in {normal(one.destination) for one in seen}}
+    return held, attachment.leased_names() if attachment.commanded.dns.mode is DnsMode.DENYLIST else ()
+
+
+def _leased(
+    policy: Policy, held: Mapping[bytes, Sequence[str]], leased: Sequence[str], suffixes: Sequence[str]
+) -> tuple[dict[str, list[bytes]], int]:
     """Return names that opened addresses, with those that were seen, and how many names are left out.
 
     In DNS mode denylist all names that nothing denies, which no rule tells; else those of addresses that were seen. As
-    they are judged: without search domains.
+    they are judged: without search domains. A workload can have 65,536 of them, a fifth of a second: for a thread.
     """
-    attachment, policy = live.attachment, live.attachment.commanded
     found: dict[str, list[bytes]] = {}
-    for address in {normal(one.destination) for one in seen}:
-        for name in attachment.names_of(address):
+    for address, names in held.items():
+        for name in names:
             found.setdefault(judge_asked(policy, name, suffixes).name, []).append(address)
-    names = attachment.leased_names() if policy.dns.mode is DnsMode.DENYLIST else []
-    for name in names[:MAX_LEASED]:
+    for name in leased[:MAX_LEASED]:
         found.setdefault(judge_asked(policy, name, suffixes).name, [])
-    return found, max(len(names) - MAX_LEASED, 0)
+    return found, max(len(leased) - MAX_LEASED, 0)
 
 
 def write(facts: Facts) -> str:

@@ -128,6 +128,16 @@ def test_it_tells_what_it_looked_at_and_touches_nothing(plane: DataPlane, runner
         assert plane._leases._map.lookup(plane._leases._key.pack(SLOT, B.packed)) == lease
 
 
+def test_the_unspecified_address_is_a_cgroups_loopback(plane: DataPlane, runner: asyncio.Runner) -> None:
+    """As `nf_connect4` and `nf_connect6` judge it: the kernel connects to the loopback, which passes."""
+    for hook in ("tc", "cgroup"):
+        with _in_force(plane, runner, random.Random("explain: unspecified"), hook, Mode.ALLOWLIST):
+            bulk = BulkUpdate(mode=int(Mode.ALLOWLIST), allow_cidrs=[], deny_cidrs=[], dns=None)
+            runner.run(plane.apply(SLOT, apply(EMPTY, bulk, time.monotonic()), None))
+            reasons = {_explainer(plane).judge(SLOT, bytes(size)).reason for size in (4, 16)}
+            assert reasons == {Reason.DEFAULT_DROP if hook == "tc" else Reason.LOOPBACK}
+
+
 def test_before_the_first_policy_start_mode_holds_even_if_audited(plane: DataPlane, runner: asyncio.Runner) -> None:
     with _in_force(plane, runner, random.Random("explain: start"), "tc", Mode.DISABLED):
         word = SlotWord.decode(plane.config.word(SLOT), plane._loaded.layout)

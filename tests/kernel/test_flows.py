@@ -19,6 +19,7 @@ from harness.deadline import wait_for
 from harness.fence import Attachment, Fence, packed
 from harness.topology import Topology, Workload
 from harness.wire import Tag
+from netfence.dataplane.config import ConfigMap
 from netfence.dataplane.flows import AT_ONCE, Flow
 from netfence.dataplane.leases import kernel_address
 from netfence.policy.modes import Mode, Reason
@@ -218,6 +219,32 @@ def test_each_attachment_has_its_own_share_of_what_is_remembered(topology: Topol
         again.replace(Mode.ALLOWLIST, audit=True)
         topology.arrived(greedy, packets.UDP4, OUT["ipv4"], COUNT)
         assert [flow.packets for flow in fence.plane.seen(slot)[0]] == [COUNT]  # its share is whole again
+
+
+@pytest.mark.userspace
+def test_what_was_never_audited_is_not_looked_for(
+    topology: Topology, workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Fence(topology, tmp_path) as fence:
+        attachment = fence.interface(workload.host_if)
+        attachment.replace(Mode.BLOCK_ALL)
+        topology.arrived(workload, packets.UDP4, OUT["ipv4"], COUNT)
+        monkeypatch.setattr(fence.plane._seen._map, "keys", None)  # others may fill it: a walk takes long
+        assert fence.plane.seen(attachment.slot) == ([], 0)
+        attachment.detach()
+
+
+@pytest.mark.userspace
+def test_what_a_daemon_before_watched_is_not_told(topology: Topology, workload: Workload, tmp_path: Path) -> None:
+    with Fence(topology, tmp_path) as fence, fence.interface(workload.host_if) as attachment:
+        attachment.replace(Mode.BLOCK_ALL)
+        plane = fence.plane
+        plane.watch_slots({attachment.slot})
+        topology.arrived(workload, packets.UDP4, OUT["ipv4"], COUNT)
+        assert len(plane.read_flows()) == COUNT
+        ConfigMap(plane._loaded.maps["config"], plane._loaded.layout, plane.clock)  # as the next start makes it
+        topology.arrived(workload, packets.UDP4, OUT["ipv4"], COUNT)
+        assert plane.read_flows() == []
 
 
 @pytest.mark.userspace

@@ -58,7 +58,12 @@ def test_it_comes_back_from_its_text() -> None:
     assert dict(copy.names())["a.test"].queries == 1
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"names": [["a"]], "forgotten": 0}', '{"names": 1, "forgotten": 0}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", '{"names": [["a"]], "forgotten": 0}', '{"names": 1, "forgotten": 0}',
+     '{"names": [["a", 1e999, [], []]], "forgotten": 0}', "[" * 100_000],
+    ids=lambda text: text[:50],
+)  # fmt: skip
 def test_damage_is_told(text: str) -> None:
     with pytest.raises(ValueError, match="damaged"):
         AuditMemory.load(text)

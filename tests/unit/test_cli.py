@@ -226,6 +226,29 @@ def test_detach(daemon: Background) -> None:
     assert "no such attachment" in said(run(daemon.path, "detach", "--id", "id-0"), 1)
 
 
+def test_the_beginning_of_an_id_will_do_where_it_is_one_ids(daemon: Background) -> None:
+    first, second = "6f1c2a9e-0000-4000-8000-000000000001", "6f1d0000-0000-4000-8000-000000000002"
+    daemon.port.views = [replace(VIEW, id=first), replace(VIEW, id=second)]
+    for doubtful in ("6f1", "6f1x", "6f1c2a9f"):
+        assert "no such attachment" in said(run(daemon.path, "detach", "--id", doubtful), 1)
+    assert len(daemon.port.views) == 2
+    result = run(daemon.path, "detach", "--id", "6f1c")
+    assert (result.exit_code, result.stdout) == (0, f"detached {first}\n")
+    assert [view.id for view in daemon.port.views] == [second]
+    daemon.port.views = [replace(VIEW, id="abcde"), replace(VIEW, id="abcdefg")]
+    assert run(daemon.path, "detach", "--id", "abcde").exit_code == 0
+    assert [view.id for view in daemon.port.views] == ["abcdefg"]
+    daemon.port.views = [replace(VIEW, id=first), replace(VIEW, id=first[:-1] + "9")]
+    assert "no such attachment" in said(run(daemon.path, "detach", "--id", "6f1c2a9e"), 1)
+    assert len(daemon.port.views) == 2
+    assert run(daemon.path, "why", "--id", first[:-1] + "9", "pypi.org").exit_code == 0
+    daemon.port.views = [replace(VIEW, id=first)]
+    assert run(daemon.path, "why", "--id", "6f1c2", "pypi.org").exit_code == 0
+    assert daemon.port.explained[-1] == (first, "pypi.org")
+    assert run(daemon.path, "suggest", "--id", "6f1c2").exit_code == 0
+    assert daemon.port.suggested == [first]
+
+
 def test_list_is_readable_when_piped(daemon: Background) -> None:
     cgroup = replace(
         VIEW, id="id-1", hook="cgroup", attach_mechanism="cgroup-link", target="/sys/fs/cgroup/" + "x" * 90

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -219,11 +221,42 @@ def test_a_workload_that_floods_its_dns_server_does_not_displace_others() -> Non
                 greedy.server.decide(DENIED)
             victim.server.decide(PASSED)
             await world.tick()
-            views = seen(watcher)
-            assert [view.id for view in views] == ["a"] * QUERIES + ["b"]
+            assert sorted(ids(watcher)) == ["a"] * QUERIES + ["b"]
             greedy.server.decide(DENIED)
             await world.tick()
             assert [view.lost for view in seen(watcher)] == [9 * QUERIES]
+
+    within(test)
+
+
+@pytest.mark.parametrize("floods", ["packets", "queries"])
+def test_a_flood_that_leaves_no_room_leaves_it_to_others(floods: str) -> None:
+    async def test(world: World) -> None:
+        with world.flows.watch("", ()) as watcher:
+            watcher._tokens = 4.0
+            for _ in range(2 * QUERIES):
+                if floods == "packets":
+                    world.report(1)
+                else:
+                    world.there[0].server.decide(DENIED)
+            world.report(2)
+            world.there[1].server.decide(PASSED)
+            await world.tick()
+            views = seen(watcher)
+            assert len(views) < QUERIES
+            assert {(view.id, view.kind) for view in views if view.id == "b"} == {("b", "packet"), ("b", "dns")}
+
+    within(test)
+
+
+def test_attachments_that_leave_when_nobody_watches_any_more_are_not_kept() -> None:
+    async def test(world: World) -> None:
+        with world.flows.watch("", ()):
+            await world.tick()
+            world.there[0].server.decide(DENIED)
+        left = [weakref.ref(world.there.pop()), weakref.ref(world.there.pop())]
+        gc.collect()
+        assert [one() for one in left] == [None, None]
 
     within(test)
 
@@ -289,6 +322,25 @@ def test_a_report_of_a_slot_that_changed_hands_is_nobodys() -> None:
             assert seen(watcher) == []
             assert watcher._lost == 5
             assert other._lost == 0
+
+    within(test)
+
+
+def test_a_stream_that_begins_amid_a_tick_goes_on() -> None:
+    async def test(world: World) -> None:
+        with world.flows.watch("", ()):
+            world.there.append(Live(Row("new", 3)))
+            for _ in range(2 * subject.SLICE):
+                world.report(1)
+            ticking = asyncio.create_task(world.tick())
+            await asyncio.sleep(0)  # it has looked at who is there, and lets others have their turn
+            world.there.append(Live(Row("newest", 4)))
+            with world.flows.watch("newest", ()) as watcher:
+                await ticking
+                assert not watcher._over
+                world.report(4)
+                await world.tick()
+                assert ids(watcher) == ["newest"]
 
     within(test)
 

@@ -178,6 +178,16 @@ def test_who_holds_all_connections_keeps_nobody_out(sent: bytes) -> None:
     serve(work)
 
 
+def test_who_opens_ever_new_connections_is_served_at_leisure() -> None:
+    async def work(world: World) -> None:
+        began = time.monotonic()
+        for _ in range(10):
+            assert PAGE in await world.ask()
+        assert time.monotonic() - began >= 9 * metrics_http.BETWEEN_S
+
+    serve(work)
+
+
 def test_a_page_that_cannot_be_made_is_an_error_and_not_the_end() -> None:
     async def work(world: World) -> None:
         world.failing = True

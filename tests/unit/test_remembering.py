@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 from tests.unit.test_store import ROW
 
+from netfence import remembering
 from netfence.audited import AuditMemory
 from netfence.errors import NetfenceError
 from netfence.remembering import Remembering
@@ -27,7 +30,7 @@ class Attachment:
 
 
 def lifecycle(store: Any, attachment: Attachment) -> Any:
-    live = SimpleNamespace(row=ROW, attachment=attachment)
+    live = SimpleNamespace(row=ROW, attachment=attachment, ended=False)
     return SimpleNamespace(parts=SimpleNamespace(store=store), all=lambda: [live])
 
 
@@ -54,6 +57,36 @@ def test_what_changed_is_stored_and_recalled(tmp_path: Path) -> None:
             await Remembering(lifecycle(store, third)).recall()
         assert [entry["event"] for entry in logs] == ["audited_names_not_recalled"]
         assert len(third.audited) == 0
+        await store.close()
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def test_dns_is_served_while_names_are_read_and_what_it_hears_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        store, one = Store.open(tmp_path / "data"), Attachment()
+        loop = asyncio.get_running_loop()
+
+        class Reading(AuditMemory):
+            @classmethod
+            def load(cls, text: str) -> AuditMemory:
+                assert threading.current_thread() is not threading.main_thread()
+                asked = asyncio.run_coroutine_threadsafe(ask(), loop)  # answered: the loop is free
+                asked.result(10)
+                return AuditMemory.load(text)
+
+        async def ask() -> None:
+            one.audited.note("asked.test", [A])
+
+        await store.reserve(ROW)
+        before = AuditMemory()
+        before.note("before.test", [A])
+        await store.save_audited(ROW.id, before.dump)
+        monkeypatch.setattr(remembering, "AuditMemory", Reading)
+        await Remembering(lifecycle(store, one)).recall()
+        assert [name for name, _ in one.audited.names()] == ["asked.test"]
         await store.close()
 
     asyncio.run(asyncio.wait_for(test(), 20))

@@ -296,6 +296,28 @@ def test_a_row_that_makes_no_sense_is_left_behind(tmp_path: Path) -> None:
     with_store(tmp_path, look)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("name", "CAST(x'ff41' AS TEXT)"), ("metadata", "'[[1]]'"), ("metadata", "'\"ab\"'")]
+)
+def test_a_row_that_cannot_be_read_is_damage_and_the_others_are_saved(tmp_path: Path, column: str, value: str) -> None:
+    async def fill(store: Store) -> None:
+        for number, name in enumerate(("zero", "one", "two")):
+            await store.reserve(replace(ROW, id=name, slot=number + 1))
+
+    async def look(store: Store) -> None:
+        assert await store.load() == []
+        assert set(store.saved) == {"zero", "two"}
+        await store.settle()
+
+    with_store(tmp_path, fill)
+    connection = sqlite3.connect(tmp_path / DATABASE)
+    connection.execute(f"UPDATE attachments SET {column} = {value} WHERE id = 'one'")
+    connection.commit()
+    connection.close()
+    with_store(tmp_path, look)
+    assert (len(aside(tmp_path)), rows(tmp_path)) == (1, [])
+
+
 def test_the_log_of_a_damaged_file_does_not_reach_the_new_one(tmp_path: Path) -> None:
     other = tmp_path / "other"
 
@@ -454,6 +476,30 @@ def test_the_first_schema_is_brought_up_to_date_with_everything_in_it(tmp_path: 
     assert [(row.id, row.policy, row.acked) for row in rows(tmp_path)] == [
         ("one", "the policy", True), ("half", "new", False), ("new", None, False),
     ]  # fmt: skip
+
+
+def test_the_second_schema_gets_its_tables_and_keeps_everything(tmp_path: Path) -> None:
+    one = replace(ROW, policy="the policy", policy_version="v1", acked=False)
+
+    async def fill(store: Store) -> None:
+        await store.reserve(one)
+        await store.save(one, lambda: "the policy")
+        await store.save_contact("then")
+
+    with_store(tmp_path, fill)
+    connection = sqlite3.connect(tmp_path / DATABASE)
+    connection.executescript("DROP TABLE saved; DROP TABLE audited; PRAGMA user_version=2")  # the second had neither
+    known = connection.execute("SELECT id FROM daemon").fetchone()[0]
+    connection.close()
+
+    async def work(store: Store) -> None:
+        assert (store.daemon_id, store.contact, store.saved) == (known, "then", {})
+        assert (await store.load(), await store.load_audited()) == ([one], {})
+        await store.save_audited("one", lambda: "names")
+        assert store._connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+    with_store(tmp_path, work)
+    assert rows(tmp_path) == [one]
 
 
 def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

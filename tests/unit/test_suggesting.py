@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
+import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.dns.world import policy
 
-from netfence.audited import AuditedName
+from netfence import sightings, suggesting
+from netfence.audited import AuditedName, AuditMemory
 from netfence.control.policyfile import parse_policy_file
 from netfence.control.port import AttachmentView
 from netfence.dataplane.flows import Seen
@@ -23,8 +28,9 @@ from netfence.policy.cidr import CidrTable, parse_cidr
 from netfence.policy.commands import apply
 from netfence.policy.modes import DnsMode, Mode
 from netfence.policy.policy import EMPTY, Policy
+from netfence.policy.search import Judged, judge_asked
 from netfence.sightings import Facts
-from netfence.suggesting import write
+from netfence.suggesting import suggest, write
 
 PUBLIC, NEXT, OTHER, PUBLIC6 = "93.184.216.34", "93.184.216.35", "8.8.4.4", "2606:2800:220:1:248:1893:25c8:1946"
 METADATA, PRIVATE, MULTICAST = "169.254.169.254", "10.1.2.3", "224.0.0.251"
@@ -193,6 +199,49 @@ def test_the_match_is_the_metadata_unless_another_has_it_too() -> None:
     assert both == {"metadata": metadata, "interface": "veth0"}
     path = "/sys/fs/cgroup/box[1]"
     assert entry(facts(kind="cgroup", target=path))["match"] == {"cgroup": "/sys/fs/cgroup/box[[]1]"}
+
+
+def test_a_workload_cannot_make_it_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand denied names of one address, and packets to all of its ports: each name is looked at a few times."""
+    names = [(f"n{number}.bad.test", name(OTHER)) for number in range(1000)]
+    went = [seen(OTHER, port) for port in range(1, 1001)]
+    looks = Counter[str]()
+    was = sightings.plain
+
+    def plain(one: str) -> bool:
+        looks[one] += 1
+        return was(one)
+
+    monkeypatch.setattr(sightings, "plain", plain)
+    of = facts(policy(deny=["*.bad.test"], audit=True), seen=went, names=names)
+    assert "1000 packets" in line(of, f'"{OTHER}/32"')
+    assert looks.total() <= 2 * len(names)
+
+
+def test_names_in_use_are_judged_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = policy(allow=["*.kept.test"], audit=True)
+    attachment = SimpleNamespace(
+        commanded=used, closed=False, audited=AuditMemory(),
+        names_of=lambda address: ("a.kept.test",) if address == packed(OTHER) else (),
+    )  # fmt: skip
+    row = SimpleNamespace(id="one", name="veth0", kind="interface", slot=1, metadata={})
+    live = SimpleNamespace(row=row, attachment=attachment, ended=False)
+    own = SimpleNamespace(row=row, endpoint=SimpleNamespace(packed=packed("127.0.0.1"), port=11001))
+    plane = SimpleNamespace(seen=lambda _: ([seen(OTHER, packets=7), seen("127.0.0.1", 11001, 17)], 0))
+    parts = SimpleNamespace(plane=plane, dns=SimpleNamespace(search_suffixes=(), allow_private=()))
+    lifecycle: Any = SimpleNamespace(find=lambda *_: live, every=lambda: [live, own], parts=parts)
+    threads = []
+
+    def judged(policy: Policy, name: str, suffixes: tuple[str, ...]) -> Judged:
+        threads.append(threading.current_thread())
+        return judge_asked(policy, name, suffixes)
+
+    monkeypatch.setattr(suggesting, "judge_asked", judged)
+    told = asyncio.run(asyncio.wait_for(suggest(lifecycle, "one"), 20))
+    assert threads
+    assert threading.main_thread() not in threads
+    assert '- "*.kept.test"  # in force before; 7 packets: tcp/443' in told.policy
+    assert "# No rule lets through 1 packet: udp/11001 to the DNS server of another attachment." in told.policy
 
 
 # What a workload can ask for: `wire.label_text` writes every octet but letters, digits, - and _ as \DDD.

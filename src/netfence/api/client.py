@@ -34,6 +34,11 @@ CHANGE_TIMEOUT_S: Final = 120.0
 
 CONNECT_TIMEOUT_S: Final = 5.0
 
+SHORT_ID: Final = 4
+"""Characters from which the beginning of an id may stand for it: fewer name a random one too easily."""
+
+UUID_CHARS: Final = 36
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -68,6 +73,13 @@ class DaemonClient:
         """Fence a target."""
         answer: daemon_pb2.AttachResponse = self._call(self._stub.Attach, attach_request(spec), CHANGE_TIMEOUT_S)
         return answer
+
+    def whole_id(self, text: str) -> str:
+        """Return the id that begins with `text` if it is the only one, else `text` itself, for the daemon to judge."""
+        if not SHORT_ID <= len(text) < UUID_CHARS:
+            return text
+        found = [info.id for info in self.list_all() if info.id.startswith(text)]
+        return found[0] if len(found) == 1 else text
 
     def detach(self, attachment_id: str) -> None:
         """Take a fence off."""

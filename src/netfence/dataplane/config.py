@@ -92,7 +92,9 @@ class ConfigMap:
         self._fixed = layout.packer("config", "dns_address", "dns_port", "flags", "attachment")
         self._static_from = fields["established_idle"].offset
         self._flags = fields["flags"].offset
-        self._watched: frozenset[int] = frozenset()
+        # Those that a daemon before us watched, whatever became of it: nobody watches now.
+        self._watched: frozenset[int] = frozenset(range(layout.constants["SLOTS"]))
+        self.watch(())
         self.handshake_idle = clock.span(HANDSHAKE_IDLE_S)
 
     def word(self, slot: int) -> int:
@@ -158,8 +160,9 @@ class ConfigMap:
         for slot in changed:
             at = slot * self._stride + self._flags
             flags = int.from_bytes(self._memory[at : at + 4], sys.byteorder)
-            flags = flags | bit if slot in wanted else flags & ~bit
-            self._memory[at : at + 4] = flags.to_bytes(4, sys.byteorder)
+            changed_flags = flags | bit if slot in wanted else flags & ~bit
+            if changed_flags != flags:
+                self._memory[at : at + 4] = changed_flags.to_bytes(4, sys.byteorder)
 
     def clear(self, slot: int) -> None:
         """Forget all but the word."""

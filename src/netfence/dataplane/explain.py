@@ -1,6 +1,7 @@
 """The kernel's verdict on an address, told instead of given: `decide` of bpf/netfence.bpf.c, read from its own maps.
 
-Judges the first packet (SYN) of a TCP connection to the address, to no DNS port. So what a packet passes or drops by
+Judges the first packet (SYN) of a TCP connection to the address, to no DNS port; where a cgroup connects to the
+unspecified address, that of the loopback, which the kernel puts in its place. So what a packet passes or drops by
 itself (ARP, neighbour discovery, DHCP, DNS, replies, malformed headers) has no part in it. Reads the slot's word, the
 tries, the lease and the kernel's clock, and writes nothing: neither a counter nor the last use of a lease. Owns no
 state. tests/kernel/test_explain.py sends packets and compares: change `decide` and this together.
@@ -83,6 +84,8 @@ class Explainer:
             raise ValueError(f"slot {slot} does not exist")
         active, flags = self._config.unpack(config[: self._config.size])
         word = SlotWord.decode(active, self._layout)
+        if flags & self._layout.constants["FLAG_CGROUP"] and not any(address):
+            address = parse_address("127.0.0.1" if len(address) == 4 else "::1")
         now = self._clock.now()
         expiry = self._lease_expiry(slot, address)
         lease_s = None if expiry is None else (expiry - now) / self._clock.hz

@@ -120,7 +120,7 @@ class SeenMap:
         self._stride = (layout.sizes["seen_count"] + 7) // 8 * 8
         self._memory = memoryview(count.memory())
         self._missed = fields["missed"].offset // 8
-        self._removed = fields["removed"].offset // 4
+        self._added, self._removed = fields["added"].offset // 4, fields["removed"].offset // 4
         self._lock = threading.Lock()  # two walks at once would lose a count
 
     def read(self, slot: int) -> tuple[list[Seen], int]:
@@ -145,5 +145,8 @@ class SeenMap:
             self._memory.cast("Q")[slot * self._stride // 8 + self._missed] = 0
 
     def _keys(self, slot: int) -> list[bytes]:
+        words, at = self._memory.cast("I"), slot * self._stride // 4
+        if words[at + self._added] == words[at + self._removed]:  # most were never audited, and a walk may be long
+            return []
         prefix = slot.to_bytes(4, sys.byteorder)
         return [key for key in self._map.keys() if key.startswith(prefix)]  # noqa: SIM118 - a Map is no dict

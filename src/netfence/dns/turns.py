@@ -28,6 +28,10 @@ LONG_SLICE_S: Final = 0.0005
 """The same while nobody else asks: several long ways, so that a turn of the loop costs little beside them. Who begins
 to ask meanwhile waits as long, once, for the begin of its answer."""
 
+LONG_EVERY_S: Final = 0.005
+"""Between two long slices outside the queue: a workload with many connections that become readable at once would have
+one after the other, all of them in one turn of the loop."""
+
 SHARE: Final = 0.3
 """Of the loop's time, beyond which nothing of the queue is taken while others ask: two of three find the loop idle."""
 
@@ -71,13 +75,17 @@ class Turns:
         self._last_at = self._other_at = float("-inf")  # and when somebody else did
         self._credit = self._at = self._busy = self._served = 0.0
         self._worked_at = float("-inf")
+        self._long_from = float("-inf")  # when the next slice may be a long one
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def until(self, owner: object, now: float) -> float:
-        """Return the end of a slice for `owner` that begins now."""
-        return now + (SLICE_S if self._others_ask(owner, now) else LONG_SLICE_S)
+        """Return the end of a slice for `owner` that begins now, and note it where it is a long one."""
+        if now < self._long_from or self._others_ask(owner, now):
+            return now + SLICE_S
+        self._long_from = now + LONG_EVERY_S
+        return now + LONG_SLICE_S
 
     def note(self, owner: object, began: float) -> None:
         """Note that `owner` asked something without having to wait, and was served since `began`."""
@@ -99,6 +107,7 @@ class Turns:
             loop.call_later(REST_S, self._turn)
             return
         more = False
+        self._long_from = float("-inf")  # the queue has one in a turn
         try:
             more = work()
         finally:

@@ -179,6 +179,31 @@ def test_a_slice_is_long_while_nobody_else_asks() -> None:
     assert slice_of(MINE) == pytest.approx(LONG_SLICE_S)
 
 
+def test_many_sockets_of_one_have_no_long_slice_each() -> None:
+    async def go() -> None:
+        bench = Bench()
+        turns, clock = bench.turns, bench.clock
+
+        def slice_() -> float:
+            now = clock.now
+            clock.now = turns.until(MINE, now)
+            return clock.now - now
+
+        assert sum(slice_() for _ in range(32)) == pytest.approx(LONG_SLICE_S + 31 * SLICE_S)
+        queued: list[float] = []
+
+        def work() -> bool:
+            queued.append(slice_())
+            return len(queued) < 3
+
+        turns.join(MINE, work)
+        await until(lambda: len(queued) == 3)
+        assert queued == pytest.approx([LONG_SLICE_S] * 3)  # one in each turn of the loop
+        assert slice_() == pytest.approx(SLICE_S)
+
+    run(go())
+
+
 def test_time_spent_alone_is_held_against_the_queue_as_far_as_its_debt_goes() -> None:
     bench = Bench()
     assert not bench.rests()
