@@ -22,8 +22,13 @@ MAX_ADDRESSES: Final = 32
 one."""
 
 MAX_CHAIN: Final = 8
-"""Names remembered of what an answer leads to: real chains are shorter. All three together: some 5 MB of an attachment
-at the very most, and 0.2 MB of one whose names are like most."""
+"""Names remembered of what an answer leads to: real chains are shorter."""
+
+MAX_BYTES: Final = 1 << 20
+"""Memory of one attachment, about: 0.2 MB where names are like most, and a thousand as long as names can be would take
+six. There may be two thousand attachments, and whoever asks for such names has as many as it likes."""
+
+_NAME, _LINK, _ADDRESS = 200, 60, 80  # bytes that one takes beside its characters
 
 
 @dataclass(slots=True)
@@ -38,12 +43,18 @@ class AuditedName:
         """Return one that stays as this is now."""
         return AuditedName(self.queries, dict(self.addresses), self.chain)
 
+    @property
+    def bytes(self) -> int:
+        """Return what it takes, about, without its name."""
+        return _NAME + _ADDRESS * len(self.addresses) + _LINK * len(self.chain) + sum(map(len, self.chain))
+
 
 class AuditMemory:
     """The audited names of one attachment, the one asked for last at the end."""
 
     def __init__(self) -> None:
         self._names: dict[str, AuditedName] = {}
+        self._bytes = 0
         self.forgotten = 0
         self.changes = 0  # moves with every note: whoever stores it knows whether it has to
 
@@ -53,13 +64,7 @@ class AuditMemory:
     def note(self, name: str, addresses: Iterable[bytes], chain: Sequence[str] = ()) -> None:
         """Note one query for a name that is denied: the packed addresses of the answer, the names that it led to."""
         self.changes += 1
-        known = self._names.pop(name, None)
-        if known is None:
-            known = AuditedName()
-            if len(self._names) >= MAX_NAMES:
-                del self._names[next(iter(self._names))]
-                self.forgotten += 1
-        self._names[name] = known  # the latest again
+        known = self._pop(name) or AuditedName()
         known.queries += 1
         known.chain = tuple(chain[:MAX_CHAIN])
         for address in addresses:
@@ -67,6 +72,21 @@ class AuditMemory:
             known.addresses[address] = None
         while len(known.addresses) > MAX_ADDRESSES:
             del known.addresses[next(iter(known.addresses))]
+        self._add(name, known)
+
+    def _add(self, name: str, known: AuditedName) -> None:
+        """Take a name in as the latest, and forget the oldest ones that there is no room for."""
+        self._names[name] = known
+        self._bytes += len(name) + known.bytes
+        while len(self._names) > MAX_NAMES or (self._bytes > MAX_BYTES and len(self._names) > 1):
+            self._pop(next(iter(self._names)))
+            self.forgotten += 1
+
+    def _pop(self, name: str) -> AuditedName | None:
+        known = self._names.pop(name, None)
+        if known is not None:
+            self._bytes -= len(name) + known.bytes
+        return known
 
     def names(self) -> Iterator[tuple[str, AuditedName]]:
         """Yield every name with what is known of it, the one asked for longest ago first."""
@@ -76,6 +96,7 @@ class AuditMemory:
         """Return one that stays as this is now, for another thread."""
         memory = AuditMemory()
         memory._names = {name: known.copy() for name, known in self._names.items()}
+        memory._bytes = self._bytes
         memory.forgotten = self.forgotten
         return memory
 
@@ -83,7 +104,7 @@ class AuditMemory:
         """Forget everything: the attachment is over."""
         self.changes += 1
         self._names.clear()
-        self.forgotten = 0
+        self._bytes = self.forgotten = 0
 
     def dump(self) -> str:
         """Return it as text for the store: one JSON object.
@@ -104,8 +125,9 @@ class AuditMemory:
             stored = json.loads(text)
             for name, queries, addresses, chain in stored["names"][-MAX_NAMES:]:
                 packed = dict.fromkeys(parse_address(address) for address in addresses[-MAX_ADDRESSES:])
-                memory._names[str(name)] = AuditedName(int(queries), packed, tuple(map(str, chain[:MAX_CHAIN])))
-            memory.forgotten = int(stored["forgotten"])
+                memory._pop(str(name))
+                memory._add(str(name), AuditedName(int(queries), packed, tuple(map(str, chain[:MAX_CHAIN]))))
+            memory.forgotten += int(stored["forgotten"])
         except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"read audited names: damaged: {error!r}") from error
         return memory

@@ -177,12 +177,16 @@ def attach(
     shell_complete=complete_id,
     help="From attach; its first characters will do.",
 )
-def detach(attachment_id: str) -> None:
+@json_option
+def detach(attachment_id: str, *, as_json: bool) -> None:
     """Take the fence off a target."""
     with connected() as daemon:
         attachment_id = daemon.whole_id(attachment_id)
         daemon.detach(attachment_id)
-    click.echo(f"detached {attachment_id}")
+    if as_json:
+        show_json({"detached": attachment_id})
+    else:
+        click.echo(f"detached {attachment_id}")
 
 
 @cli.command(

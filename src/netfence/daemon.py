@@ -23,7 +23,7 @@ from typing import Any
 import structlog
 import uvloop
 
-from netfence import __version__, endpoints, log, metrics_http, privileges, watchdog
+from netfence import __version__, endpoints, log, privileges, watchdog
 from netfence.api.service import serve
 from netfence.api.views import (
     AttachmentInfoView,
@@ -49,7 +49,7 @@ from netfence.hosting import Host
 from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
 from netfence.metrics_collector import Collector
-from netfence.metrics_http import MetricsServer
+from netfence.metrics_http import MetricsPlace
 from netfence.notify import notify, watchdog_s
 from netfence.policy.modes import Mode
 from netfence.policy_codec import Clock, seconds_since
@@ -91,7 +91,7 @@ class _Process:
         self._config = config
         self._stop = asyncio.Event()
         self._ready = False
-        self._metrics: list[socket.socket] = []
+        self._metrics = MetricsPlace(config.metrics.listen)
 
     async def main(self) -> None:
         """Start, run until told to stop, stop."""
@@ -119,10 +119,8 @@ class _Process:
         privileges.require(config)
         detach = config.enforcement.on_shutdown == "detach"
         async with AsyncExitStack() as stack:
-            if config.metrics.listen is not None:
-                self._metrics = await metrics_http.listen(config.metrics.listen)
-            for sock in self._metrics:
-                stack.callback(sock.close)
+            stack.callback(self._metrics.close)
+            no_metrics = await self._metrics.open()
             store = await asyncio.to_thread(Store.open, config.data_dir)
             stack.push_async_callback(store.close)
             control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
@@ -130,6 +128,8 @@ class _Process:
             leases = config.dns.max_leases_total
             plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
             stack.push_async_callback(plane.close, detach=detach)
+            if no_metrics is not None and not (plane.pinned() or await store.load() or store.saved):
+                raise no_metrics
             dns = dns_settings(config)
             resolver = Resolver(dns)
             stack.push_async_callback(resolver.close)
@@ -171,8 +171,8 @@ class _Process:
             background.keep(keeper.look_round, "hooks")
             background.keep(lambda: parts.control.run(host), "control")
             background.keep(lambda: _maintain(lifecycle, names), "maintenance")
-            if self._metrics:
-                background.keep(MetricsServer(self._metrics, Collector(lifecycle).text).run, "metrics")
+            if config.metrics.listen is not None:
+                background.keep(lambda: self._metrics.serve(Collector(lifecycle).text), "metrics")
             background.keep(flows.run, "flows")
             api = await serve(daemon, config.socket, config.socket_group)
             try:

@@ -19,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from netfence.errors import PermissionDeniedError, PreconditionError
+from netfence.errors import NetfenceError, PermissionDeniedError, PreconditionError
 from netfence.log import LogLimit
 from netfence.metrics import CONTENT_TYPE
 
@@ -39,6 +39,15 @@ ANSWER_S: Final = 10.0
 
 BETWEEN_S: Final = 0.01
 """Seconds between two connections: who opens ever new ones costs the loop, which answers DNS too, a few percent."""
+
+RESOLVE_S: Final = 2.0
+"""Seconds for resolving a name in `metrics.listen`: fences that a reboot took off wait for it."""
+
+AGAIN_S: Final = 1.0
+"""How often an address that is not to be had is tried again."""
+
+COMPLAIN_EVERY: Final = 60
+"""Tries between two complaints about it."""
 
 PAUSE_S: Final = 1.0
 """How long a socket on which nothing can be accepted (no descriptor left) is left alone."""
@@ -65,10 +74,12 @@ async def listen(address: str) -> list[socket.socket]:
     host = host.strip("[]")
     what = f"{KEY}: listen on {address}"
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        async with asyncio.timeout(RESOLVE_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except OSError as error:
+        why = error.strerror or str(error) or f"{host} is not resolved within {RESOLVE_S:g} s"
         remedy = "set it to an address of this host and a free port"
-        raise PreconditionError(f"{what}: {error.strerror or error}; {remedy}") from error
+        raise PreconditionError(f"{what}: {why}; {remedy}") from error
     sockets: list[socket.socket] = []
     failures: list[OSError] = []
     for family, _, _, _, place in dict.fromkeys(found):
@@ -110,6 +121,43 @@ def _explain(what: str, error: OSError) -> PreconditionError | PermissionDeniedE
     if error.errno in (errno.EACCES, errno.EPERM):
         return PermissionDeniedError(f"{why}; needs CAP_NET_BIND_SERVICE, or set {KEY} to a port from 1024 on")
     return PreconditionError(f"{why}; set {KEY} to an address of this host")
+
+
+class MetricsPlace:
+    """Where the metrics are served, `address` (None: nowhere), also where it is to be had only later."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+        self._sockets: list[socket.socket] = []
+
+    async def open(self) -> NetfenceError | None:
+        """Listen, and return what is in the way.
+
+        Let that end the start where nothing is fenced yet, and never else: a fenced workload may share the host's
+        ports, and take this one while the daemon is away.
+        """
+        if self._address is not None:
+            try:
+                self._sockets = await listen(self._address)
+            except NetfenceError as error:
+                return error
+        return None
+
+    async def serve(self, make: MakePage) -> None:
+        """Serve the page that `make` makes until cancelled, as soon as there is something to listen on."""
+        tries = 0
+        while not self._sockets:
+            if (error := await self.open()) is not None:
+                if tries % COMPLAIN_EVERY == 0:
+                    log.error("metrics_not_served", error=str(error), effect="nobody reads them; it is tried again")
+                tries += 1
+                await asyncio.sleep(AGAIN_S)
+        await MetricsServer(self._sockets, make).run()
+
+    def close(self) -> None:
+        """Listen no more. Idempotent."""
+        for sock in self._sockets:
+            sock.close()
 
 
 class MetricsServer:

@@ -27,6 +27,10 @@ from netfence.policy_yaml import quoted
 MAX_PORTS: Final = 6
 """Ports told of one rule."""
 
+MAX_TOLD: Final = 64
+"""Characters of a name that a comment tells: a workload can ask for names of a thousand, and each of its addresses may
+have such a comment. The whole would be too large to be answered with."""
+
 _PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 _WITH_PORTS: Final = (6, 17)
 _UNKNOWN: Final = bytes(16)
@@ -122,7 +126,7 @@ class Sorted:
         """Sort a name whose answer leads to others: a rule that denies one of those denies it (semantics.md 16)."""
         rule = self._facts.policy.dns.domains.match(name)
         if (denied := chain_rule(self._facts.policy, chain)) is not None:
-            self.refused[name] = f"{denied[0].text}, for {denied[1]}, which its answer leads to"
+            self.refused[name] = f"{denied[0].text}, for {cut(denied[1])}, which its answer leads to"
         elif rule is not None and not rule.allow:
             self.refused[name] = rule.text
         elif rule is not None:
@@ -154,7 +158,7 @@ class Sorted:
         """Sort packets to an address that no CIDR rule speaks of."""
         owners = self._owners.get(address, [])
         if is_special(address) and address not in self._facts.private:
-            what = f"of {quoted(owners[0])}, " if owners else ""
+            what = f"of {quoted(cut(owners[0]))}, " if owners else ""
             self._propose(address, one, f"{what}special-purpose: not allowed without a look")
             return
         if (home := self._homes.get(address)) is None:
@@ -162,7 +166,7 @@ class Sorted:
         if isinstance(home, Traffic):
             home.add(one)
         elif home:
-            self._propose(address, one, f"of {quoted(home)}, which is denied")
+            self._propose(address, one, f"of {quoted(cut(home))}, which is denied")
         else:
             self.hosts.setdefault(address, Traffic()).add(one)
 
@@ -212,6 +216,11 @@ def plain(name: str) -> bool:
         return parse_domain(name) == (name, False)
     except ValueError:
         return False
+
+
+def cut(name: str) -> str:
+    """Return a name as a comment tells it."""
+    return name if len(name) <= MAX_TOLD else f"{name[:MAX_TOLD]}..."
 
 
 def count(number: int, one: str, many: str = "") -> str:

@@ -27,7 +27,7 @@ from netfence.policy.policy import Policy
 from netfence.policy.prefix import cidr_text, key_of, normal
 from netfence.policy.search import judge_asked
 from netfence.policy_yaml import Item, cidr_item, domain_item, items, match_lines, quoted
-from netfence.sightings import Facts, Sorted, Traffic, count
+from netfence.sightings import Facts, Sorted, Traffic, count, cut, plain
 
 MAX_RULES: Final = 20_000
 """Rules of the policy in force that a suggestion repeats: nobody reads more, and gRPC's messages end at 4 MiB."""
@@ -195,7 +195,8 @@ def _allow_names(facts: Facts, found: Sorted) -> Iterator[Item]:
         asked = queries.get(name, "resolved before, by no rule")
         yield domain_item(DomainRule(name, RuleKind.EXACT, allow=True), f"{asked}; {traffic}")
     for name, why in sorted(found.refused.items()):
-        yield Item(quoted(name), f"{queries.get(name, 'resolved before')}; {quoted(why)}", proposed=True)
+        told = name if plain(name) else cut(name)  # what no rule can name is no entry of any
+        yield Item(quoted(told), f"{queries.get(name, 'resolved before')}; {quoted(why)}", proposed=True)
 
 
 def _dns_mode(policy: Policy) -> str:

@@ -169,6 +169,33 @@ def test_what_audit_lets_through_is_told_of_and_remembered(gate: Gate) -> None:
     assert plane.seen(slot)[0] == seen  # what is dropped is not remembered
 
 
+def test_of_what_cannot_be_read_nothing_is_told_that_is_not_known(
+    topology: Topology, workload: Workload, tmp_path: Path
+) -> None:
+    with Fence(topology, tmp_path) as fence, fence.interface(workload.host_if) as attachment:
+        attachment.replace(Mode.ALLOWLIST, audit=True)
+        fence.plane.watch_slots({attachment.slot})
+        frame = workload.bytes_of(packets.UDP4, OUT["ipv4"], Tag())
+        half_a_header, no_ip = frame[:38], frame[:12] + b"\x88\xb5" + frame[14:]
+        for unread in (half_a_header, no_ip):
+            workload.sender.send(unread)
+        told: list[Flow] = []
+
+        def both_are_told() -> bool:
+            told.extend(fence.plane.read_flows())
+            return len(told) == 2
+
+        wait_for(both_are_told, "both to be told of")
+        assert [(flow.reason, flow.protocol) for flow in told] == [
+            (Reason.TRUNCATED, socket.IPPROTO_UDP),
+            (Reason.NOT_IP, 0),
+        ]
+        for flow in told:
+            assert not any(flow.source + flow.destination)
+            assert (flow.source_port, flow.destination_port, flow.would) == (0, 0, True)
+        assert fence.plane.seen(attachment.slot) == ([], 0)
+
+
 def test_a_refused_connect_is_told_of(topology: Topology, tmp_path: Path) -> None:
     group = Cgroup("flows-connect")
     with (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +345,32 @@ def test_a_port_that_is_taken_is_told_at_the_start(fresh: Fresh, start: Start) -
         )
     daemon.start()
     assert scrape(daemon).sum("netfence_attachments") == 0
+
+
+def test_whoever_takes_the_port_meanwhile_keeps_no_daemon_from_starting(
+    fresh: Fresh, start: Start, cgroups: Callable[[str], Cgroup]
+) -> None:
+    """A workload in a cgroup shares the host's ports."""
+    topology, cgroup = fresh.topology(), cgroups("squatter")
+    daemon = start(topology, policy=POLICY, config=CONFIG)
+    attached = daemon.attach(cgroup=cgroup)
+    daemon.kill()
+    with Agent(netns=topology.host, cgroup=cgroup) as other:
+        sock = other.tcp()
+        sock.bind(place_of(daemon))
+        sock.listen()
+        daemon.start()
+        assert [one.id for one in daemon.attachments()] == [attached.id]
+        (told,) = daemon.events("metrics_not_served")
+        assert "Address already in use" in told["error"]
+        sock.close()
+
+    def served() -> bool:
+        with suppress(ConnectionRefusedError):
+            return scrape(daemon).sum("netfence_attachments") == 1
+        return False
+
+    wait_for(served, "the metrics to be served")
 
 
 @pytest.mark.parametrize("listen", ["[::1]:9100", "localhost:9100", "[::]:9100"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from netfence.audited import MAX_ADDRESSES, MAX_CHAIN, MAX_NAMES, AuditMemory
+from netfence.audited import MAX_ADDRESSES, MAX_BYTES, MAX_CHAIN, MAX_NAMES, AuditMemory
 
 A, B = bytes((192, 0, 2, 1)), bytes(15) + b"\1"
 
@@ -41,6 +41,27 @@ def test_whatever_a_workload_asks_it_stays_bounded() -> None:
     known = dict(memory.names())["many.test"]
     assert list(known.addresses) == addresses[5:]
     assert len(known.chain) == MAX_CHAIN
+
+
+def test_names_as_long_as_can_be_take_no_more_memory() -> None:
+    def asked(length: int, addresses: int, links: int) -> AuditMemory:
+        memory = AuditMemory()
+        for number in range(MAX_NAMES):
+            many = [number.to_bytes(15, "big") + bytes([low]) for low in range(addresses)]
+            for _ in range(2):  # what is asked for again counts once
+                memory.note(f"{number:x}".rjust(length, "x"), many, ["y" * length] * links)
+        return memory
+
+    usual, longest = asked(30, 4, 2), asked(253, MAX_ADDRESSES, MAX_CHAIN)
+    assert (len(usual), usual.forgotten) == (MAX_NAMES, 0)
+    assert 100 < len(longest) < MAX_NAMES
+    assert longest.forgotten == MAX_NAMES - len(longest)
+    assert len(longest.dump()) < 2 * MAX_BYTES
+    assert names(longest)[-1] == f"{MAX_NAMES - 1:x}".rjust(253, "x")
+    again = AuditMemory.load(longest.dump())
+    assert (names(again), again.forgotten) == (names(longest), longest.forgotten)
+    again.note("z" * 253, [bytes([low]) * 16 for low in range(MAX_ADDRESSES)], ["y" * 253] * MAX_CHAIN)
+    assert len(again) == len(longest)  # it knows how much came back
 
 
 def test_it_comes_back_from_its_text() -> None:

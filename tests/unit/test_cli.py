@@ -224,6 +224,8 @@ def test_detach(daemon: Background) -> None:
     assert run(daemon.path, "detach", "--id", "id-0").exit_code == 0
     assert daemon.port.views == []
     assert "no such attachment" in said(run(daemon.path, "detach", "--id", "id-0"), 1)
+    daemon.port.views = [VIEW]
+    assert json.loads(run(daemon.path, "detach", "--id", "id-0", "--json").stdout) == {"detached": "id-0"}
 
 
 def test_the_beginning_of_an_id_will_do_where_it_is_one_ids(daemon: Background) -> None:

@@ -289,6 +289,16 @@ def test_a_name_may_have_an_address_that_is_not_here(monkeypatch: pytest.MonkeyP
     asyncio.run(work())
 
 
+def test_a_name_that_is_not_resolved_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", silent)
+    monkeypatch.setattr(metrics_http, "RESOLVE_S", 0.01)
+    with pytest.raises(PreconditionError, match=r"metrics.listen: .*: here.test is not resolved within 0.01 s; set it"):
+        asyncio.run(asyncio.wait_for(listen("here.test:9100"), 20))
+
+
 def test_a_wildcard_is_warned_of() -> None:
     async def work() -> None:
         with capture_logs() as logs:

@@ -218,6 +218,20 @@ def test_a_workload_cannot_make_it_take_long(monkeypatch: pytest.MonkeyPatch) ->
     assert looks.total() <= 2 * len(names)
 
 
+def test_a_workload_cannot_make_it_too_large() -> None:
+    """As many names as are remembered, as long as can be, that no rule can name; each with addresses of its own."""
+    long = "\\001" * 250  # as `wire.label_text` writes an octet
+    names = [
+        (f"{number}.{long}", name(*(f"10.{number >> 3}.{number & 7}.{low}" for low in range(32))))
+        for number in range(1024)
+    ]
+    went = [seen(f"10.{number >> 3}.{number & 7}.{low}") for number in range(128) for low in range(32)]
+    text = write(facts(names=names, seen=went))
+    assert text.count("\n      # - ") == len(went)
+    assert text.count("\n        # - ") == len(names)
+    assert len(text) < suggesting.MAX_BYTES
+
+
 def test_names_in_use_are_judged_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     used = policy(allow=["*.kept.test"], audit=True)
     attachment = SimpleNamespace(
