@@ -337,6 +337,14 @@ class Attachment:
         """Return the names whose answers opened the packed address, the latest last."""
         return self._leases.names_of(address)
 
+    def name_for(self, address: bytes) -> str:
+        """Return the name that the packed address was given to last, in an answer that opened it or that audit let by.
+
+        "" for an address that nobody asked for.
+        """
+        names = self.names_of(address)
+        return names[-1] if names else self.audited.name_of(address)
+
     def held_by(self, name: str) -> tuple[bytes, ...]:
         """Return the packed addresses that answers to the name, as it was asked for, have opened."""
         return self._leases.held_by(name)

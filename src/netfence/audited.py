@@ -28,7 +28,7 @@ MAX_BYTES: Final = 1 << 20
 """Memory of one attachment, about: 0.2 MB where names are like most, and a thousand as long as names can be would take
 six. There may be two thousand attachments, and whoever asks for such names has as many as it likes."""
 
-_NAME, _LINK, _ADDRESS = 200, 60, 80  # bytes that one takes beside its characters
+_NAME, _LINK, _ADDRESS = 200, 60, 150  # bytes that one takes beside its characters
 
 
 @dataclass(slots=True)
@@ -54,6 +54,7 @@ class AuditMemory:
 
     def __init__(self) -> None:
         self._names: dict[str, AuditedName] = {}
+        self._by_address: dict[bytes, str] = {}  # the name that an address was given to last
         self._bytes = 0
         self.forgotten = 0
         self.changes = 0  # moves with every note: whoever stores it knows whether it has to
@@ -77,6 +78,7 @@ class AuditMemory:
     def _add(self, name: str, known: AuditedName) -> None:
         """Take a name in as the latest, and forget the oldest ones that there is no room for."""
         self._names[name] = known
+        self._by_address.update(dict.fromkeys(known.addresses, name))
         self._bytes += len(name) + known.bytes
         while len(self._names) > MAX_NAMES or (self._bytes > MAX_BYTES and len(self._names) > 1):
             self._pop(next(iter(self._names)))
@@ -86,7 +88,14 @@ class AuditMemory:
         known = self._names.pop(name, None)
         if known is not None:
             self._bytes -= len(name) + known.bytes
+            for address in known.addresses:
+                if self._by_address.get(address) == name:
+                    del self._by_address[address]
         return known
+
+    def name_of(self, address: bytes) -> str:
+        """Return the name that the packed address was given to last; "" for one that is not remembered."""
+        return self._by_address.get(address, "")
 
     def names(self) -> Iterator[tuple[str, AuditedName]]:
         """Yield every name with what is known of it, the one asked for longest ago first."""
@@ -96,6 +105,7 @@ class AuditMemory:
         """Return one that stays as this is now, for another thread."""
         memory = AuditMemory()
         memory._names = {name: known.copy() for name, known in self._names.items()}
+        memory._by_address = dict(self._by_address)
         memory._bytes = self._bytes
         memory.forgotten = self.forgotten
         return memory
@@ -104,6 +114,7 @@ class AuditMemory:
         """Forget everything: the attachment is over."""
         self.changes += 1
         self._names.clear()
+        self._by_address.clear()
         self._bytes = self.forgotten = 0
 
     def dump(self) -> str:

@@ -28,8 +28,8 @@ class Judging(Protocol):
         """Return the policy in force."""
         ...
 
-    def names_of(self, address: bytes) -> tuple[str, ...]:
-        """Return the names that hold a lease of the packed address, the latest last."""
+    def name_for(self, address: bytes) -> str:
+        """Return the name that the packed address was given to last; "" for none."""
         ...
 
 
@@ -51,7 +51,6 @@ def packet_view(attachment_id: str, judging: Judging, flow: Flow, wall: float, r
         if found is None:
             found = rules[address] = _deny_rule(judging.policy, address, flow.at)
         rule = found
-    names = judging.names_of(address) if known else ()
     return FlowView(
         time=flow.at + wall,
         id=attachment_id,
@@ -61,7 +60,7 @@ def packet_view(attachment_id: str, judging: Judging, flow: Flow, wall: float, r
         protocol=_PROTOCOLS.get(flow.protocol, str(flow.protocol)),
         source=_place(normal(flow.source), flow.source_port) if flow.source != _UNKNOWN else "",
         destination=_place(address, flow.destination_port) if known else "",
-        domain=names[-1] if names else "",
+        domain=judging.name_for(address) if known else "",
         rule=rule,
     )
 

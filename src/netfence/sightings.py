@@ -35,6 +35,9 @@ _PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 _WITH_PORTS: Final = (6, 17)
 _UNKNOWN: Final = bytes(16)
 
+NAME_SERVICE: Final = (53, 853)
+"""DNS, and DNS over TLS or QUIC (RFC 7858, RFC 9250): a way around every rule about names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -108,6 +111,7 @@ class Sorted:
         self.never: dict[str, Traffic] = {}
         self._owners: dict[bytes, list[str]] = {}
         self._homes: dict[bytes, Traffic | str] = {}
+        self._name_servers = {normal(one.destination) for one in facts.seen if one.port in NAME_SERVICE}
         for name, known in facts.names:
             self._own(name, list(known.addresses))
             self._sort_name(name, known.chain)
@@ -167,6 +171,8 @@ class Sorted:
             home.add(one)
         elif home:
             self._propose(address, one, f"of {quoted(cut(home))}, which is denied")
+        elif address in self._name_servers:
+            self._propose(address, one, "a name server: whoever asks it asks past the attachment's own")
         else:
             self.hosts.setdefault(address, Traffic()).add(one)
 

@@ -153,6 +153,18 @@ def test_a_dropped_packet_is_told_with_the_name_of_its_lease(
     assert (event.reason, event.domain) == ("deny_rule", "www.good.test")
 
 
+def test_what_audit_lets_through_is_told_with_the_name_that_audit_answered(
+    daemon: Fenced, topology: Topology, workload: Workload, agent: Agent, names: Unbound, fenced: str
+) -> None:
+    names.replace([f"unlisted.test. 300 IN A {OUTSIDE4}"])
+    daemon.set_policy({"default": {"mode": "allowlist", "audit": True, "dns": {"mode": "allowlist"}}})
+    with Watching(daemon, fenced, ["would_drop"]) as watching:
+        agent.query(dns_of(daemon, fenced), "unlisted.test")
+        topology.arrived(workload, UDP4, OUTSIDE4, count=1)
+        (event,) = watching.of(is_packet)
+    assert (event.reason, event.domain) == ("default_drop", "unlisted.test")
+
+
 def test_a_refused_connect_of_a_cgroup_is_told_with_its_rule(
     daemon: Fenced, topology: Topology, cgroups: Callable[[str], Cgroup]
 ) -> None:

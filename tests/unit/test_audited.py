@@ -25,6 +25,25 @@ def test_queries_addresses_and_the_last_chain_are_kept() -> None:
     assert names(memory) == ["b.test", "a.test"]  # the one asked for last at the end
 
 
+def test_an_address_is_known_by_the_name_that_it_was_given_to_last() -> None:
+    memory = AuditMemory()
+    assert memory.name_of(A) == ""
+    memory.note("a.test", [A])
+    memory.note("b.test", [A, B])
+    assert (memory.name_of(A), memory.name_of(B)) == ("b.test", "b.test")
+    memory.note("a.test", [A])
+    assert (memory.name_of(A), memory.copy().name_of(A), AuditMemory.load(memory.dump()).name_of(A)) == ("a.test",) * 3
+    memory.note("b.test", [number.to_bytes(4, "big") for number in range(MAX_ADDRESSES)])
+    assert memory.name_of(B) == ""  # pushed out
+    for number in range(MAX_NAMES):
+        memory.note(f"n{number}.test", [])
+    assert memory.name_of(A) == ""
+    assert memory._by_address == {}
+    memory.note("a.test", [A])
+    memory.clear()
+    assert memory.name_of(A) == ""
+
+
 def test_whatever_a_workload_asks_it_stays_bounded() -> None:
     memory = AuditMemory()
     memory.note("first.test", [A])

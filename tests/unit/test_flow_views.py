@@ -49,14 +49,14 @@ class Judging:
             cidrs=CidrTable().deny(parse_cidr("203.0.113.0/24")).deny(parse_cidr("203.0.113.8/29"), 90.0),
         )
     )
-    names: tuple[str, ...] = ()
+    name: str = ""
 
-    def names_of(self, _address: bytes) -> tuple[str, ...]:
-        return self.names
+    def name_for(self, _address: bytes) -> str:
+        return self.name
 
 
 def test_a_dropped_packet() -> None:
-    view = packet_view("a", Judging(names=("old.test", "new.test")), flow(), 1000.0, {})
+    view = packet_view("a", Judging(name="new.test"), flow(), 1000.0, {})
     assert (view.time, view.id, view.kind, view.verdict) == (1100.0, "a", "packet", "drop")
     assert (view.reason, view.protocol) == ("deny_rule", "udp")
     assert (view.source, view.destination) == ("10.0.0.2:4000", "203.0.113.9:53")
@@ -79,7 +79,7 @@ def test_protocols(protocol: int, word: str) -> None:
 
 def test_what_could_not_be_read_is_empty() -> None:
     unread = flow(reason=int(Reason.NOT_IP), protocol=0, source=bytes(16), destination=bytes(16))
-    view = packet_view("a", Judging(names=("x.test",)), unread, 0.0, {})
+    view = packet_view("a", Judging(name="x.test"), unread, 0.0, {})
     assert (view.reason, view.protocol, view.source, view.destination) == ("not_ip", "", "", "")
     assert (view.domain, view.rule) == ("", "")
 

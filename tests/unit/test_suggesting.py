@@ -80,7 +80,7 @@ def test_names_come_first_and_cidrs_for_the_rest_merged() -> None:
         seen=[
             seen(PUBLIC, packets=40),
             seen(OTHER, packets=3),
-            seen("8.8.4.5", 53, 17, packets=2),
+            seen("8.8.4.5", 3478, 17, packets=2),
             seen("8.8.4.7"),
             seen(PUBLIC6, 0, 58),
         ],
@@ -91,7 +91,7 @@ def test_names_come_first_and_cidrs_for_the_rest_merged() -> None:
     assert found["dns"] == {"mode": "allowlist", "allow": ["a.test", "asked.test"]}
     assert line(of, "a.test") == '- "a.test"  # 2 queries; 40 packets: tcp/443'
     assert line(of, "asked.test") == '- "asked.test"  # 1 query; no packets'
-    assert line(of, "8.8.4.4/31") == '- "8.8.4.4/31"  # 5 packets: tcp/443, udp/53'
+    assert line(of, "8.8.4.4/31") == '- "8.8.4.4/31"  # 5 packets: tcp/443, udp/3478'
     assert line(of, PUBLIC6) == f'- "{PUBLIC6}/128"  # 1 packet: icmpv6'
 
 
@@ -139,6 +139,16 @@ def test_nothing_dangerous_is_opened(mode: Mode) -> None:
     assert 'of "alias.test", which is denied' in line(of, f"{OTHER}/32")
     assert 'deny *.cdn.test, for x.cdn.test, which its answer leads to"' in line(of, '# - "alias.test"')
     assert all(line(of, one).startswith("# - ") for one in (METADATA, PRIVATE, MULTICAST))
+
+
+@pytest.mark.parametrize(("port", "protocol"), [(53, 17), (53, 6), (853, 6)])
+def test_name_servers_that_the_workload_asks_by_itself_are_only_proposed(port: int, protocol: int) -> None:
+    of = facts(seen=[seen("8.8.8.8", port, protocol, packets=3), seen("8.8.8.8", 443), seen(PUBLIC, port, protocol)])
+    assert entry(of)["allow_cidrs"] is None
+    assert line(of, "8.8.8.8").startswith("# ")
+    assert "a name server" in write(of)
+    allowed = facts(seen=[seen(PUBLIC, port, protocol)], names=[("dns.test", name(PUBLIC))])
+    assert entry(allowed)["dns"]["allow"] == ["dns.test"]  # by its name it is as any other
 
 
 def test_special_addresses_that_the_operator_opened_are_as_any_other() -> None:
