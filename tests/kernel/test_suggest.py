@@ -198,7 +198,7 @@ def test_without_audit_there_is_nothing_to_suggest(daemon: Netfenced, fenced: At
     refused = daemon.cli("suggest", "--id", fenced.id, check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "`audit: true`" in refused.stderr
-    nobody = daemon.cli("suggest", "--id", fenced.id[:6], check=False)
+    nobody = daemon.cli("suggest", "--id", fenced.id[:-1] + "x", check=False)
     assert f"did you mean {fenced.id}" in nobody.stderr
     daemon.set_policy({"default": RULES})
     taken = tmp_path / "there.yaml"

@@ -23,7 +23,7 @@ from netfence.dataplane.maps import Map
 PINS = "netfence"
 """`bpffs_dir` below the mount point."""
 
-EMPTIED = ("leases", "inbound", "dns_endpoints", "if_slot_far")
+EMPTIED = ("leases", "inbound", "dns_endpoints", "if_slot_far", "seen")
 """Maps that have no entry where nothing is attached."""
 
 _shelf: defaultdict[int, list[Path]] = defaultdict(list)
@@ -46,8 +46,7 @@ def bpffs(directory: Path, data_dir: Path, max_leases: int) -> Iterator[Path]:
         yield directory
     finally:
         syscalls.unmount(directory)
-        for layout in data_dir.glob("layout-*.json"):
-            shutil.copy(layout, instance / "layouts")
+        _keep_layouts(data_dir, instance)
         if _is_empty(instance, max_leases):
             _shelf[max_leases].append(instance)
         else:
@@ -60,6 +59,16 @@ def _make() -> Path:
         (instance / name).mkdir()
     syscalls.mount("bpf", instance / "bpf", "bpf")
     return instance
+
+
+def _keep_layouts(data_dir: Path, instance: Path) -> None:
+    """Keep the layouts of the builds that are there, and no other: the next one's maps must not be read by them."""
+    for old in (instance / "layouts").iterdir():
+        old.unlink()
+    for programs in (instance / "bpf" / PINS).glob("programs-*"):
+        layout = data_dir / f"layout-{programs.name.removeprefix('programs-')}.json"
+        if layout.is_file():
+            shutil.copy(layout, instance / "layouts")
 
 
 def _is_empty(instance: Path, max_leases: int) -> bool:
