@@ -51,7 +51,7 @@ def refused(daemon: Fenced, interface: str, **how: Any) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("how", ["stop", "kill -9"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.userspace), "kill -9"])
 @pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
 @pytest.mark.parametrize("kind", ["veth", "tap"])
 def test_it_stays_fenced_and_is_taken_over(topology: Topology, start: Start, kind: str, how: str, *, tcx: bool) -> None:

@@ -81,6 +81,7 @@ def _compare(plane: DataPlane, program: int, rng: random.Random, world: World) -
     return counted
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize("hook", ["tc", pytest.param("cgroup", marks=needs("test runs of cgroup programs"))])
 def test_it_says_what_packets_get(
     hook: Hook, plane: DataPlane, cgroup_program: int, runner: asyncio.Runner, record_property: Tell
