@@ -173,3 +173,54 @@ class WronglyClocked(Fenced):
                 [*command, "start", "--config", str(self.config_file)],
                 netns=self.netns, cgroup=self._cgroup, env=env, stdout=log, stderr=log,
             )  # fmt: skip
+
+
+class KernelMemory:
+    """A memory cgroup to which the kernel charges the maps of a daemon that is started in it, and nothing else.
+
+    The daemon itself is moved out: running short in it is the kernel's trouble, and no process of ours is ended for it.
+    """
+
+    def __init__(self) -> None:
+        """Make it below this process's own one. Raises FileNotFoundError where there is no memory controller (v1)."""
+        mounts = (line.partition(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines())
+        root = next((Path(one.split()[4]) for one, _, rest in mounts if "memory" in rest.split()[-1].split(",")), None)
+        if root is None:
+            message = "no memory controller of cgroup v1 is mounted"
+            raise FileNotFoundError(message)
+        self._home = root / "cgroup.procs"
+        self._group = root / f"{sandbox.run_name()}-memory"
+        self._group.mkdir()
+
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """Be in it, with the processes started meanwhile."""
+        (self._group / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            self._home.write_text(str(os.getpid()))
+
+    @contextmanager
+    def none_left(self, daemon: Fenced) -> Iterator[None]:
+        """Let the kernel find no more memory for the daemon's maps."""
+        for pid in (self._group / "cgroup.procs").read_text().split():
+            self._home.write_text(pid)
+        assert daemon.alive
+        limit = self._group / "memory.limit_in_bytes"
+
+        def at_its_limit() -> bool:
+            used = int((self._group / "memory.usage_in_bytes").read_text())
+            with contextlib.suppress(OSError):  # what can be given back is, and then it fits
+                limit.write_text(str(used))
+            return int(limit.read_text()) - int((self._group / "memory.usage_in_bytes").read_text()) < (1 << 16)
+
+        wait_for(at_its_limit, "the limit to be reached")
+        try:
+            yield
+        finally:
+            limit.write_text("-1")
+
+    def close(self) -> None:
+        """Remove it; what is charged to it goes to its parent."""
+        self._group.rmdir()

@@ -28,6 +28,7 @@ from harness.packets import UDP4
 from harness.topology import Topology, Workload
 from netfence.api.client import DaemonClient, RefusedError
 from netfence.api.views import AttachSpec
+from netfence.config import Dns
 from netfence.dataplane.compile import map_specs
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.links import obj_get
@@ -304,6 +305,21 @@ def no_lease_left(daemon: Fenced) -> Iterator[None]:
             leases.delete(key)
 
 
+@contextmanager
+def no_memory_left(daemon: Fenced) -> Iterator[None]:
+    """Take, for leases of a slot that nobody has, what memory the kernel has put by for the map."""
+    layout = Layout.load(next((daemon.directory / "data").glob("layout-*.json")))
+    spec = next(spec for spec in map_specs(layout, Dns().max_leases_total) if spec.name == "leases")
+    slot = (layout.constants["SLOTS"] - 1).to_bytes(4, sys.byteorder)
+    with closing(Map(obj_get(next(daemon.pins.glob("maps*")) / spec.name), spec)) as leases:
+        keys = [slot + number.to_bytes(spec.key_size - len(slot), sys.byteorder) for number in range(100_000)]
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            _add(leases, keys, bytes(spec.value_size))
+        yield
+        for key in keys:
+            leases.delete(key)
+
+
 def _add(table: Map, keys: list[bytes], value: bytes) -> None:
     for key in keys:
         table.update(key, value)
@@ -323,6 +339,26 @@ def test_the_kernel_has_no_room_for_a_lease(bench_on: Callable[..., Bench]) -> N
     assert bench.resolves("new.wild.test")
     assert bench.topology.arrived(bench.fenced, UDP4, WILD) == 3
     bench.works()
+
+
+@pytest.mark.nightly
+def test_the_kernel_has_no_memory_for_a_lease(bench_on: Callable[..., Bench]) -> None:
+    with closing(faults.KernelMemory()) as memory:
+        with memory.charged():
+            bench = bench_on(cold=True)
+        assert bench.resolves()
+        with memory.none_left(bench.daemon), no_memory_left(bench.daemon):
+            reply = bench.agent.query(bench.attached.dns, "new.wild.test")
+            assert (reply.header.rcode, reply.rr) == (dnslib.RCODE.SERVFAIL, [])
+            assert "cannot allocate memory" in bench.daemon.wait_event("lease_refused")["error"]
+            assert bench.topology.arrived(bench.fenced, UDP4, WILD) == 0
+            assert bench.resolves()
+            assert bench.topology.arrived(bench.fenced, UDP4, LEARNED) == 3
+            bench.holds()
+        # The kernel puts memory by again when it finds the time.
+        wait_for(lambda: bench.resolves("new.wild.test"), "memory to be there again", RECOVERY_S)
+        assert bench.topology.arrived(bench.fenced, UDP4, WILD) == 3
+        bench.works()
 
 
 # -- a wall clock that jumps -------------------------------------------------------------------------------------------
