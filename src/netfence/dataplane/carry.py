@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import structlog
 
 from netfence.dataplane.layout import Layout
-from netfence.dataplane.maps import Map, MapType, possible_cpus
+from netfence.dataplane.maps import Map, MapType, possible_cpus, u32
 from netfence.dataplane.slotword import SlotWord
 
 AT_ONCE = 256
@@ -86,14 +86,14 @@ def _settings(old: Map, was: Layout, new: Map, layout: Layout) -> dict[int, Slot
     at = layout.fields["config"]["active"]
     found: dict[int, SlotWord] = {}
     for slot in range(min(old.spec.max_entries, new.spec.max_entries)):
-        value = old.lookup(_word(slot))
+        value = old.lookup(u32(slot))
         if value is None or not any(value):
             continue
         word = value[was.fields["config"]["active"].offset :][:8]
         found[slot] = SlotWord.decode(int.from_bytes(word, sys.byteorder), was)
         made = bytearray(recode(value))
         made[at.offset : at.offset + 8] = found[slot].encode(layout).to_bytes(8, sys.byteorder)
-        new.update(_word(slot), bytes(made))
+        new.update(u32(slot), bytes(made))
     return found
 
 
@@ -107,15 +107,15 @@ def _tables(old: Map, new: Map, indices: list[int], key: Recode, value: Recode) 
         some = indices[start : start + AT_ONCE]
         made: list[tuple[int, Map]] = []
         for index in some:
-            table = old.inner(_word(index))
+            table = old.inner(u32(index))
             if table is None:
                 continue
             fresh = Map.create(inner)
             count += _entries(table, fresh, key, value)
             table.close()
-            new.pin_inner(_word(index), fresh)
+            new.pin_inner(u32(index), fresh)
             made.append((index, fresh))
-        keys, descriptors = (b"".join(_word(one) for one in each) for each in _columns(made))
+        keys, descriptors = (b"".join(u32(one) for one in each) for each in _columns(made))
         new.update_batch(keys, descriptors)
         for _, fresh in made:
             fresh.close()
@@ -162,20 +162,20 @@ def _interfaces(old: Map, new: list[Map]) -> None:
     """Carry over which slots interfaces with small indices have; the small may be others now."""
     small, far = new
     for ifindex in range(old.spec.max_entries):
-        slot = old.lookup(_word(ifindex))
+        slot = old.lookup(u32(ifindex))
         if slot is not None and any(slot):
-            (small if ifindex < small.spec.max_entries else far).update(_word(ifindex), slot[:4])
+            (small if ifindex < small.spec.max_entries else far).update(u32(ifindex), slot[:4])
 
 
 def _by_slot(old: Map, new: Map, slots: Iterable[int], recode: Recode) -> None:
     """Carry over array elements, each CPU's for itself where it has one."""
     for slot in slots:
-        value = old.lookup(_word(slot))
+        value = old.lookup(u32(slot))
         if value is None or slot >= new.spec.max_entries:
             continue
         cpus = possible_cpus() if new.spec.type == old.spec.type == MapType.PERCPU_ARRAY else 1
         each = len(value) // cpus
-        new.update(_word(slot), b"".join(recode(value[cpu * each :][:each]) for cpu in range(cpus)))
+        new.update(u32(slot), b"".join(recode(value[cpu * each :][:each]) for cpu in range(cpus)))
 
 
 def _counters(was: Layout, layout: Layout) -> Recode:
@@ -198,7 +198,3 @@ def _counters(was: Layout, layout: Layout) -> Recode:
         return bytes(made)
 
     return recode
-
-
-def _word(value: int) -> bytes:
-    return value.to_bytes(4, sys.byteorder)

@@ -9,7 +9,6 @@ state. tests/kernel/test_explain.py sends packets and compares: change `decide` 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Final, Literal, NamedTuple
@@ -17,7 +16,7 @@ from typing import Final, Literal, NamedTuple
 from netfence.dataplane.clock import Clock
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.leases import kernel_address
-from netfence.dataplane.maps import Map
+from netfence.dataplane.maps import Map, u32
 from netfence.dataplane.slotword import SlotWord
 from netfence.policy.modes import FIRST_DROP, Mode, Reason
 from netfence.policy.prefix import Key, bits_of, key_of, normal, parse_address
@@ -79,7 +78,7 @@ class Explainer:
     def judge(self, slot: int, address: bytes) -> Judged:
         """Judge a packed address (4 or 16 bytes) for a slot: some ten system calls. Raises OSError, ValueError."""
         address = normal(address)
-        config = self._maps["config"].lookup(_word(slot))
+        config = self._maps["config"].lookup(u32(slot))
         if config is None:
             raise ValueError(f"slot {slot} does not exist")
         active, flags = self._config.unpack(config[: self._config.size])
@@ -132,14 +131,14 @@ class Explainer:
         size = len(address)
         if not (word.rules4 if size == 4 else word.rules6):
             return Rules(None, None, ())
-        inner = self._maps["rules4" if size == 4 else "rules6"].inner(_word(word.index))
+        inner = self._maps["rules4" if size == 4 else "rules6"].inner(u32(word.index))
         if inner is None:
             return Rules(Reason.DENY_RULE, None, ())
         passed_over: list[Key] = []
         length = bits_of(size)
         with closing(inner):
             for _ in range(self._layout.constants["TTL_NESTING"] + 1):
-                found = inner.lookup(_word(length) + address)
+                found = inner.lookup(u32(length) + address)
                 if found is None:
                     return Rules(None, None, tuple(passed_over))
                 allow, deny, own = self._rule.unpack(found[: self._rule.size])
@@ -162,7 +161,3 @@ class Explainer:
 def _within(address: bytes, spaces: Mapping[int, tuple[str, int]]) -> bool:
     network, length = spaces[len(address)]
     return key_of(address, length) == key_of(parse_address(network), length)
-
-
-def _word(value: int) -> bytes:
-    return value.to_bytes(4, sys.byteorder)

@@ -110,6 +110,11 @@ def possible_cpus() -> int:
     return int(text.strip().replace(",", "-").split("-")[-1]) + 1
 
 
+def u32(value: int) -> bytes:
+    """Pack a number as 32-bit keys and values have it: native byte order."""
+    return value.to_bytes(4, sys.byteorder)
+
+
 class Map:
     """One map by descriptor, which it owns: `close` or garbage collection closes it.
 

@@ -30,6 +30,7 @@ from netfence.dataplane.flows import Flow, FlowRing, Seen, SeenMap
 from netfence.dataplane.hooking import Hooks
 from netfence.dataplane.leases import InboundMap, LeaseMap, kernel_address
 from netfence.dataplane.loader import Loaded
+from netfence.dataplane.maps import u32
 from netfence.dataplane.rules import RuleTables
 from netfence.dataplane.slotword import SlotWord
 from netfence.dataplane.target import Direction, InterfaceTarget
@@ -405,7 +406,7 @@ class DataPlane:
         (self._xdp.add if static.xdp else self._xdp.discard)(slot)
         self._longest[slot] = (static.established_idle_s, static.established_max_s)
         key = self._endpoint.pack(kernel_address(static.dns_address), network_port(static.dns_port))
-        self._loaded.maps["dns_endpoints"].update(key, _word(slot))
+        self._loaded.maps["dns_endpoints"].update(key, u32(slot))
         self._endpoints[slot] = key
 
     def _clear(self, slot: int) -> None:
@@ -414,7 +415,7 @@ class DataPlane:
         # None: a daemon before us wrote it, and we never did.
         for key in [endpoint] if endpoint is not None else list(table.keys()):
             owner = table.lookup(key)
-            if owner is not None and owner[:4] == _word(slot):
+            if owner is not None and owner[:4] == u32(slot):
                 table.delete(key)
         self._leases.clear(slot)
         self._inbound.sweep(0, 0, 0, slot=slot)
@@ -429,15 +430,15 @@ class DataPlane:
         return "if_slot" if ifindex < self._loaded.layout.constants["DIRECT_IFINDEX"] else "if_slot_far"
 
     def _interface_slot(self, ifindex: int) -> int:
-        found = self._loaded.maps[self._interface_map(ifindex)].lookup(_word(ifindex))
+        found = self._loaded.maps[self._interface_map(ifindex)].lookup(u32(ifindex))
         return int.from_bytes(found[:4], sys.byteorder) if found else 0
 
     def _set_interface(self, ifindex: int, slot: int) -> None:
         table = self._loaded.maps[self._interface_map(ifindex)]
         if slot or self._interface_map(ifindex) == "if_slot":
-            table.update(_word(ifindex), _word(slot))
+            table.update(u32(ifindex), u32(slot))
         else:
-            table.delete(_word(ifindex))
+            table.delete(u32(ifindex))
 
     def _attach_cgroup(self, slot: int, target: CgroupTarget, name: str) -> None:
         with self._hooks.cgroup_storage(target):
@@ -454,7 +455,7 @@ class DataPlane:
 
     def _set_cgroup(self, target: CgroupTarget, slot: int) -> None:
         try:
-            self._loaded.maps["cgroup_slot"].update(target.cgroup_id.to_bytes(8, sys.byteorder), _word(slot))
+            self._loaded.maps["cgroup_slot"].update(target.cgroup_id.to_bytes(8, sys.byteorder), u32(slot))
         except FileNotFoundError:
             if slot:
                 raise
@@ -502,10 +503,6 @@ class DataPlane:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background_work_failed", task=task.get_name(), error=str(error))
-
-
-def _word(value: int) -> bytes:
-    return value.to_bytes(4, sys.byteorder)
 
 
 def _lock(bpffs_dir: Path) -> int:

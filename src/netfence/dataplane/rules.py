@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 
 from netfence.dataplane.clock import Clock
 from netfence.dataplane.layout import Layout
-from netfence.dataplane.maps import Map, MapSpec
+from netfence.dataplane.maps import Map, MapSpec, u32
 from netfence.errors import ExhaustedError
 from netfence.policy.cidr import CidrTable, Entry, Key
 
@@ -132,14 +132,14 @@ class RuleTables:
             for index, trie in zip(indices, tries, strict=True):
                 self._forget(index)
                 if index != FENCE_INDEX:
-                    outer.pin_inner(_word(index), trie)
-            outer.update_batch(b"".join(map(_word, indices)), b"".join(_word(trie.fd) for trie in tries))
+                    outer.pin_inner(u32(index), trie)
+            outer.update_batch(b"".join(map(u32, indices)), b"".join(u32(trie.fd) for trie in tries))
             for trie in tries:
                 trie.close()
 
     def _kept_inner(self, size: int, index: int) -> Map:
         """Return the trie that is under the index now, from those kept open where it is the very one."""
-        number = self._outer[size].inner_id(_word(index))
+        number = self._outer[size].inner_id(u32(index))
         with self._lock:
             kept = self._kept.pop((size, index), None)
         if kept is None or kept[0] != number:
@@ -157,7 +157,7 @@ class RuleTables:
                 self._kept.pop((size, index), None)
 
     def _inner(self, size: int, index: int, number: int | None = None) -> Map:
-        inner = self._outer[size].inner(_word(index), number)
+        inner = self._outer[size].inner(u32(index), number)
         if inner is None:
             message = f"policy index {index} has no rule table"
             raise RuntimeError(message)
@@ -182,11 +182,7 @@ class RuleTables:
         return self._rule.pack(jiffies(allow) if allow else 0, jiffies(deny) if deny else 0, length)
 
 
-def _word(value: int) -> bytes:
-    return value.to_bytes(4, sys.byteorder)
-
-
-_LENGTHS = [_word(length) for length in range(129)]
+_LENGTHS = [u32(length) for length in range(129)]
 
 
 def _trie_key(key: Key) -> bytes:
