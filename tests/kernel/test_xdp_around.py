@@ -117,6 +117,7 @@ def queues(topology: Topology) -> Iterator[Workload]:
     sender = PacketSender(netns, "eth0")
     yield replace(port, host_if="queues0", netns=netns, sender=sender)
     sender.close()
+    topology.host.ip("link del queues0")  # the end of the namespace would do so too, but at some later time
     netns.close()
 
 
