@@ -172,7 +172,7 @@ class _Process:
             background.keep(lambda: parts.control.run(host), "control")
             background.keep(lambda: _maintain(lifecycle, names), "maintenance")
             if config.metrics.listen is not None:
-                background.keep(lambda: self._metrics.serve(Collector(lifecycle).text), "metrics")
+                background.keep(lambda: self._metrics.serve(Collector(lifecycle, flows).text), "metrics")
             background.keep(flows.run, "flows")
             api = await serve(daemon, config.socket, config.socket_group)
             try:

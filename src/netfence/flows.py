@@ -18,7 +18,8 @@ from typing import Final, Protocol
 from netfence.api.views import FlowVerdict, FlowView
 from netfence.dataplane.plane import Flow
 from netfence.dns.decision import Decision, Sink
-from netfence.errors import ExhaustedError, NotFoundError, UnavailableError
+from netfence.errors import ExhaustedError, UnavailableError
+from netfence.finding import unknown
 from netfence.flow_views import Judging, dns_view, packet_verdict, packet_view
 from netfence.flow_watcher import Watcher
 
@@ -78,6 +79,11 @@ class Placed(Protocol):
         """Return its slot in the kernel."""
         ...
 
+    @property
+    def name(self) -> str:
+        """Return its target's name."""
+        ...
+
 
 class Attached(Protocol):
     """What is needed of an attachment that is in force; see `lifecycle.Live`."""
@@ -135,6 +141,10 @@ class Flows:
         self._since = 0.0  # when the kernel began to report
         self._wanted = asyncio.Event()
         self._closed = False
+        self.refused = 0
+
+    def __len__(self) -> int:
+        return len(self._watchers)
 
     @contextmanager
     def watch(self, attachment_id: str, verdicts: Collection[FlowVerdict]) -> Iterator[Watcher]:
@@ -145,16 +155,18 @@ class Flows:
         """
         if self._closed:
             raise _stopping()
-        if attachment_id and all(one.row.id != attachment_id for one in self._attached()):
-            raise NotFoundError(f"watch: no attachment {attachment_id}; see `netfenced list`")
+        there = self._attached()
+        if attachment_id and all(one.row.id != attachment_id for one in there):
+            raise unknown("watch", attachment_id, ((one.row.id, one.row.name) for one in there))
         if len(self._watchers) >= MAX_WATCHERS:
+            self.refused += 1
             raise ExhaustedError(f"watch: {MAX_WATCHERS} streams are open already, which is the limit; end one of them")
         watcher = Watcher(attachment_id, verdicts)
         if not any(one.wants_packets for one in self._watchers):
             self._since = time.monotonic() - AGE_S
         self._watchers.append(watcher)
         try:
-            self._follow(self._attached())
+            self._follow(there)
             self._wanted.set()
             yield watcher
         finally:

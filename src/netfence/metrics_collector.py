@@ -17,6 +17,7 @@ from netfence import __version__
 from netfence.control.port import ConnectionState, ControlPort
 from netfence.control.remote import RemoteControl
 from netfence.dns.limits import MAX_CACHE_ENTRIES
+from netfence.flows import MAX_WATCHERS, Flows
 from netfence.lifecycle import Lifecycle, Live
 from netfence.metrics import Pace, Page, target_label, text_of
 from netfence.policy.limits import MAX_ATTACHMENTS
@@ -32,8 +33,8 @@ _REASONS: Final = tuple((int(reason), "drop" if is_drop(reason) else "pass", rea
 class Collector:
     """See the module. Use it only on the event loop."""
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
-        self._lifecycle = lifecycle
+    def __init__(self, lifecycle: Lifecycle, flows: Flows) -> None:
+        self._lifecycle, self._flows = lifecycle, flows
         self._process = ProcessCollector(registry=None)
         self._one = asyncio.Lock()
         self._text = b""
@@ -70,14 +71,7 @@ class Collector:
         modes = policy.mode.name.lower(), policy.dns.mode.name.lower(), str(policy.audit).lower()
         target = target_label(row.name)
         add("netfence_attachment", 1, one, target, row.kind, row.hook, row.mechanism, row.direction, *modes)
-        counters = self._lifecycle.parts.plane.counters(row.slot)
-        for reason, verdict, word in _REASONS:
-            if counters.packets[reason]:
-                add("netfence_packets", counters.packets[reason], one, verdict, word)
-                add("netfence_bytes", counters.bytes[reason], one, verdict, word)
-            if counters.would_packets[reason]:
-                add("netfence_packets", counters.would_packets[reason], one, "would_drop", word)
-                add("netfence_bytes", counters.would_bytes[reason], one, "would_drop", word)
+        self._add_packets(page, one, row.slot)
         for kind, count in _rules(live):
             if count:
                 add("netfence_rules", count, one, kind)
@@ -85,12 +79,21 @@ class Collector:
         add("netfence_lease_refusals", attachment.refused_leases, one)
         if live.in_front:
             add("netfence_programs_in_front", len(live.in_front), one)
-        for decision, count in zip(("allowed", "blocked"), attachment.queries, strict=True):
-            add("netfence_dns_queries", count, one, decision)
-        if attachment.audited_names:
-            add("netfence_dns_would_block", attachment.audited_names, one)
-        for rcode, count in live.server.counts.replies().items():
-            add("netfence_dns_replies", count, one, rcode)
+        _add_queries(page, live)
+        missed = self._lifecycle.parts.plane.seen_missed(row.slot)
+        for kind, count in (("packets", missed), ("names", attachment.audited.forgotten)):
+            if count:
+                add("netfence_audit_not_remembered", count, one, kind)
+
+    def _add_packets(self, page: Page, one: str, slot: int) -> None:
+        counters, add = self._lifecycle.parts.plane.counters(slot), page.add
+        for reason, verdict, word in _REASONS:
+            if counters.packets[reason]:
+                add("netfence_packets", counters.packets[reason], one, verdict, word)
+                add("netfence_bytes", counters.bytes[reason], one, verdict, word)
+            if counters.would_packets[reason]:
+                add("netfence_packets", counters.would_packets[reason], one, "would_drop", word)
+                add("netfence_bytes", counters.would_bytes[reason], one, "would_drop", word)
 
     def _add_daemon(self, page: Page) -> None:
         lifecycle, add = self._lifecycle, page.add
@@ -105,6 +108,9 @@ class Collector:
         add("netfence_leases_limit", dns.max_leases)
         add("netfence_lease_table_used", len(lifecycle.table))
         add("netfence_lease_table_limit", dns.max_leases_total)
+        add("netfence_watch_streams", len(self._flows))
+        add("netfence_watch_streams_limit", MAX_WATCHERS)
+        add("netfence_watch_refusals", self._flows.refused)
         add("netfence_hooks_put_back", tally.hooks_put_back)
         for name, counts in {"netfence_attaches": tally.attaches, "netfence_policy_commands": tally.commands}.items():
             for result, count in counts.items():
@@ -113,13 +119,16 @@ class Collector:
 
     def _add_dns(self, page: Page) -> None:
         totals, cache, add = self._lifecycle.dns_totals, self._lifecycle.parts.cache, page.add
-        upstreams, ready = self._lifecycle.parts.resolver.counts, totals.ready
-        page.add_durations("netfence_dns_query_duration_seconds", totals.durations, ready)
-        for result, count in {"ready": ready, "hit": cache.hits, "miss": cache.misses}.items():
-            add("netfence_dns_cache_lookups", count, result)
+        upstreams = self._lifecycle.parts.resolver.counts
+        page.add_durations("netfence_dns_query_duration_seconds", totals.durations, totals.ready)
         add("netfence_dns_cache_entries", len(cache))
         add("netfence_dns_cache_limit", MAX_CACHE_ENTRIES)
-        over = {"max_qps": totals.over_rate, "waiting": totals.over_waiting, "upstream": upstreams.refused}
+        over = {
+            "max_qps": totals.over_rate,
+            "waiting": totals.over_waiting,
+            "connections": totals.over_connections,
+            "upstream": upstreams.refused,
+        }
         for limit, count in over.items():
             add("netfence_dns_over_limit", count, limit)
         for upstream, count in upstreams.asked.items():
@@ -133,6 +142,19 @@ def _rules(live: Live) -> Iterator[tuple[str, int]]:
     yield "ipv4", policy.cidrs.size_of(4)
     yield "ipv6", policy.cidrs.size_of(16)
     yield "domain", len(policy.dns.domains)
+
+
+def _add_queries(page: Page, live: Live) -> None:
+    attachment, one, add = live.attachment, live.row.id, page.add
+    for decision, count in zip(("allowed", "blocked"), attachment.queries, strict=True):
+        add("netfence_dns_queries", count, one, decision)
+    if attachment.audited_names:
+        add("netfence_dns_would_block", attachment.audited_names, one)
+    for rcode, count in live.server.counts.replies().items():
+        add("netfence_dns_replies", count, one, rcode)
+    for result, count in live.server.counts.lookups().items():
+        if count:
+            add("netfence_dns_cache_lookups", count, one, result)
 
 
 def _add_control(page: Page, control: ControlPort) -> None:

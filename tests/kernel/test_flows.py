@@ -174,7 +174,7 @@ def test_each_attachment_has_its_own_share_of_what_is_remembered(topology: Topol
         wait_for(lambda: one.counters().would_packets[Reason.DEFAULT_DROP] >= count, "all to be judged")
         topology.arrived(modest, packets.UDP4, OUT["ipv4"], COUNT)
         seen, missed = fence.plane.seen(one.slot)
-        assert (len(seen), missed) == (share, 10)
+        assert (len(seen), missed, fence.plane.seen_missed(one.slot)) == (share, 10, 10)
         assert [flow.packets for flow in fence.plane.seen(other.slot)[0]] == [COUNT]
         slot = one.slot
         one.detach()

@@ -18,7 +18,7 @@ from dashboards import named
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.controlplane import ControlPlaneProcess
-from harness.daemon import Netfenced
+from harness.daemon import Netfenced, host_port
 from harness.deadline import SLOWNESS, wait_for
 from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
@@ -26,8 +26,12 @@ from harness.topology import Topology, Workload
 from harness.unbound import Unbound
 from hooktools import take_off
 from netfence import metrics_http
+from netfence.audited import MAX_NAMES
+from netfence.dns.limits import MAX_TCP_CONNECTIONS
+from netfence.flows import MAX_WATCHERS
 from netfence.metrics import FAMILIES
 from scraping import CONFIG, Scrape, get, place_of, scrape, scrape_until
+from watching import Watching
 
 pytestmark = pytest.mark.userspace
 
@@ -133,7 +137,7 @@ def dns(page: Scrape, one: str) -> dict[str, float]:
     }
     found |= {
         of["result"]: page.sum("netfence_dns_cache_lookups_total", **of)
-        for of in page.series("netfence_dns_cache_lookups_total")
+        for of in page.series("netfence_dns_cache_lookups_total", attachment=one)
     }
     found["timed"] = page.sum("netfence_dns_query_duration_seconds_count")
     found["asked"] = page.sum("netfence_dns_upstream_queries_total")
@@ -213,6 +217,49 @@ def test_limits_that_were_hit(start: Start, topology: Topology, names: Unbound, 
     assert rules == {"ipv4": 2, "ipv6": 1, "domain": 3}
     assert page.sum("netfence_policy_commands_total", result="ok") == 1
     assert page.sum("netfence_policy_switch_duration_seconds_count") >= 1
+
+
+def test_connections_beyond_the_limit(daemon: Netfenced, workload: Workload, attached: str) -> None:
+    before = scrape(daemon).sum("netfence_dns_over_limit_total", limit="connections")
+    assert workload.netns is not None
+    with ExitStack() as stack, workload.netns.inside():
+        for _ in range(MAX_TCP_CONNECTIONS + 3):
+            stack.enter_context(socket.create_connection(host_port(daemon.info(attached).dns_address), 5))
+        beyond = before + 3
+        scrape_until(
+            daemon,
+            lambda page: page.sum("netfence_dns_over_limit_total", limit="connections") == beyond,
+            "connections to be counted",
+        )
+
+
+def test_names_that_audit_mode_had_to_forget(
+    daemon: Netfenced, names: Unbound, workload: Workload, attached: str
+) -> None:
+    names.replace(["*.many.test. 300 IN A 203.0.113.80"])
+    daemon.set_policy(AUDIT)
+    beyond = 2
+    server = host_port(daemon.info(attached).dns_address)
+    with Agent(netns=workload.netns) as agent:
+        for number in range(MAX_NAMES + beyond):
+            agent.query(server, f"h{number}.many.test")
+    page = scrape(daemon)
+    assert page.sum("netfence_audit_not_remembered_total", attachment=attached, kind="names") == beyond
+    assert page.sum("netfence_dns_would_block_total", attachment=attached) == MAX_NAMES + beyond
+
+
+def test_streams_of_watch_and_those_refused(daemon: Netfenced, attached: str) -> None:
+    before = scrape(daemon).sum("netfence_watch_refusals_total")
+    with ExitStack() as stack:
+        for _ in range(MAX_WATCHERS):
+            stack.enter_context(Watching(daemon, attached))
+        with Watching(daemon) as beyond:
+            assert beyond.ended() is not None
+        page = scrape_until(
+            daemon, lambda page: page.sum("netfence_watch_refusals_total") == before + 1, "the refused stream"
+        )
+        assert page.sum("netfence_watch_streams") == page.sum("netfence_watch_streams_limit") == MAX_WATCHERS
+    scrape_until(daemon, lambda page: page.sum("netfence_watch_streams") == 0, "the streams to end")
 
 
 def test_a_hook_that_was_put_back(daemon: Netfenced, topology: Topology, workload: Workload, attached: str) -> None:

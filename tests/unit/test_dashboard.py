@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from dashboards import CONFIG, RULES, alerts, dashboard, expressions, named
 from netfence.metrics import FAMILIES
@@ -27,6 +33,26 @@ def test_the_dashboard_is_one_that_grafana_imports() -> None:
     assert "id" not in board  # of another Grafana's data base: an import would replace what has that id here
     ids = [panel["id"] for panel in board["panels"]]
     assert len(ids) == len(set(ids))
+
+
+def test_grafanas_own_model_knows_every_setting() -> None:
+    """Grafana ignores what it does not know: a misspelt option would be lost without a word."""
+    register_default_plugins()
+    board = dashboard()
+    read = json.loads(JSONEncoder(sort_keys=True, indent=1).encode(Dashboard.from_json(board)))
+    assert set(_lost(board, read)) == {f"/templating/list/{number}/definition" for number in (1, 2, 3)}  # of its editor
+
+
+def _lost(wanted: Any, found: Any, path: str = "") -> Iterator[str]:
+    """Yield where `found` lacks, or has otherwise, what is in `wanted`."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key, value in wanted.items():
+            yield from _lost(value, found[key], f"{path}/{key}") if key in found else [f"{path}/{key}"]
+    elif isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        for number, (left, right) in enumerate(zip(wanted, found, strict=True)):
+            yield from _lost(left, right, f"{path}/{number}")
+    elif wanted != found:
+        yield path
 
 
 def test_every_panel_asks_the_chosen_data_source() -> None:

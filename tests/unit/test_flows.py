@@ -60,6 +60,7 @@ class Server:
 class Row:
     id: str
     slot: int
+    name: str = "veth0"
 
 
 @dataclass(eq=False)

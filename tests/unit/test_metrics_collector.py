@@ -18,7 +18,7 @@ class Made(Collector):
     """Makes pages of a number that take `MADE_S`."""
 
     def __init__(self) -> None:
-        super().__init__(None)  # type: ignore[arg-type]
+        super().__init__(None, None)  # type: ignore[arg-type]
         self.pages = 0
         self.failing = False
 

@@ -131,8 +131,11 @@ class SeenMap:
             if value is not None:
                 _, destination, port, protocol = self._key.unpack(key)
                 found.append(Seen(destination, protocol, network_port(port), *self._value.unpack(value)))
-        missed = self._memory.cast("Q")[slot * self._stride // 8 + self._missed]
-        return found, missed
+        return found, self.missed(slot)
+
+    def missed(self, slot: int) -> int:
+        """Return the slot's packets for whose destinations there was no room."""
+        return self._memory.cast("Q")[slot * self._stride // 8 + self._missed]
 
     def clear(self, slot: int) -> None:
         """Forget all that the slot has; nothing may be added meanwhile but what is to be forgotten too."""

@@ -382,6 +382,10 @@ class DataPlane:
         """Return where audit mode let packets through, and how many packets are missing there. Walks a map: blocks."""
         return self._seen.read(slot)
 
+    def seen_missed(self, slot: int) -> int:
+        """Return how many packets are missing from what `seen` returns."""
+        return self._seen.missed(slot)
+
     def set_own_addresses(self, slot: int, addresses: Sequence[bytes]) -> None:
         """Replace the addresses that neighbour discovery may ask of this interface."""
         self.config.write_own(slot, addresses)

@@ -43,7 +43,6 @@ class SharedCache:
         self._max_share: Final = share
         self._entries: dict[CacheKey, _Entry] = {}
         self._owned: dict[object, dict[CacheKey, None]] = {}  # per owner, oldest first
-        self.hits = self.misses = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -52,15 +51,13 @@ class SharedCache:
         """Return the live answer to the question, or None."""
         entry = self._entries.get(key)
         if entry is None or entry.expiry <= now:
-            self.misses += 1
             if entry is not None:
                 self._remove(key)
             return None
-        self.hits += 1
         return entry.answer
 
     def peek(self, key: CacheKey, now: float) -> Answer | None:
-        """Return the live answer as `get` does, uncounted: nobody is answered with it."""
+        """Return the live answer as `get` does, and change nothing: nobody is answered with it."""
         entry = self._entries.get(key)
         return entry.answer if entry is not None and entry.expiry > now else None
 

@@ -40,6 +40,7 @@ class Totals:
         self._ready = 0  # of servers that are closed
         self.over_rate = 0
         self.over_waiting = 0
+        self.over_connections = 0
 
     @property
     def ready(self) -> int:
@@ -58,14 +59,15 @@ class Totals:
 
 
 class Counts:
-    """Of one server: replies by rcode, those that were ready-made apart."""
+    """Of one server: replies by rcode, those that were ready-made apart, and what the cache was good for."""
 
-    __slots__ = ("_replies", "ready", "totals")
+    __slots__ = ("_replies", "hits", "misses", "ready", "totals")
 
     def __init__(self, totals: Totals) -> None:
         self.totals = totals
         self.ready = [0] * (OTHER_RCODE + 1)  # the fast path counts here
         self._replies = [0] * (OTHER_RCODE + 1)
+        self.hits = self.misses = 0  # look-ups in the shared cache
         totals.join(self)
 
     def note(self, rcode: int) -> None:
@@ -83,6 +85,10 @@ class Counts:
             send(reply)
 
         return counted
+
+    def lookups(self) -> dict[str, int]:
+        """Return how many queries were met by a ready-made reply, by the cache, or by neither."""
+        return {"ready": sum(self.ready), "hit": self.hits, "miss": self.misses}
 
     def replies(self) -> dict[str, int]:
         """Return how many replies had which rcode; those that none had are left out."""

@@ -211,8 +211,11 @@ class Handler:
         key = CacheKey(upstreams, query.key, query.do, bool(query.flags & CD))
         answer = self._cache.get(key, self.clock())
         if answer is not None:
+            self.counts.hits += 1
             asked.send(self._finish(asked, verdict, answer))
-        elif self._may_wait(asked):
+            return
+        self.counts.misses += 1
+        if self._may_wait(asked):
             self._resolver.resolve(key, query, self, partial(self._resume, asked, key))
 
     def _may_wait(self, asked: _Asked) -> bool:

@@ -77,7 +77,7 @@ class DnsServer:
         """
         udp, tcp = _bind(address, port, self._device)
         self.port = udp.getsockname()[1]
-        self._listener = _Listener(tcp, self._connection, self._connections)
+        self._listener = _Listener(tcp, self._connection, self._connections, self._handler.counts.totals)
         self._readers = (
             Reader(self._handler, udp, _Udp(udp, self._handler).take, self._turns),
             Reader(self._handler, tcp, self._listener.take, self._turns),
@@ -168,8 +168,10 @@ class _Listener:
     good, without a word (uvloop 0.23).
     """
 
-    def __init__(self, sock: socket.socket, make: Callable[[], TcpConnection], taken: set[TcpConnection]) -> None:
-        self._sock, self._make, self._taken = sock, make, taken
+    def __init__(
+        self, sock: socket.socket, make: Callable[[], TcpConnection], taken: set[TcpConnection], totals: Totals
+    ) -> None:
+        self._sock, self._make, self._taken, self._totals = sock, make, taken, totals
         self._held: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = LogLimit()
@@ -195,6 +197,7 @@ class _Listener:
 
     def _welcome(self, sock: socket.socket) -> None:
         if max(len(self._taken), len(self._tasks)) >= MAX_TCP_CONNECTIONS:  # `TcpConnection` counts them exactly
+            self._totals.over_connections += 1
             sock.close()
             return
         task = asyncio.get_running_loop().create_task(self._serve(sock), name="dns-accept")

@@ -65,9 +65,21 @@ def test_it_tells_what_a_client_gets(rules: Policy, cached: bool) -> None:
                     await one.ask(name, "A")
                     await one.ask(name, "AAAA", do=True)
                 gate, seen = one.gate, len(one.upstream.seen)
-                state = (list(gate.learned), dict(gate.counts), list(gate.audits), len(one.cache), one.cache.hits)
+                state = (
+                    list(gate.learned),
+                    dict(gate.counts),
+                    list(gate.audits),
+                    len(one.cache),
+                    one.server.counts.hits,
+                )
                 told = await looked(one, name)
-                after = (list(gate.learned), dict(gate.counts), list(gate.audits), len(one.cache), one.cache.hits)
+                after = (
+                    list(gate.learned),
+                    dict(gate.counts),
+                    list(gate.audits),
+                    len(one.cache),
+                    one.server.counts.hits,
+                )
                 assert state == after
                 for qtype, found in told.items():
                     reply = await one.ask(name, qtype)
