@@ -93,6 +93,7 @@ def test_it_stays_fenced_and_is_taken_over(topology: Topology, start: Start, kin
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
 
 
+@pytest.mark.userspace
 def test_auto_never_chooses_it(topology: Topology, start: Start) -> None:
     daemon = start(topology, policy=POLICY)
     info = daemon.info(daemon.attach(interface=topology.add_veth().host_if).id)
@@ -100,6 +101,7 @@ def test_auto_never_chooses_it(topology: Topology, start: Start) -> None:
     daemon.detach(info.id)
 
 
+@pytest.mark.userspace
 def test_what_it_is_not_made_for_is_refused_and_leaves_nothing(topology: Topology, start: Start) -> None:
     daemon = start(topology, policy=POLICY)
     tun, veth = topology.add_tun(), topology.add_veth()
@@ -119,6 +121,7 @@ def test_what_it_is_not_made_for_is_refused_and_leaves_nothing(topology: Topolog
     daemon.detach(daemon.attach(interface=veth.host_if).id)  # as the message says
 
 
+@pytest.mark.userspace
 def test_a_device_that_goes_takes_everything_with_it(topology: Topology, start: Start) -> None:
     daemon = start(topology, policy=POLICY)
     workload = topology.add_veth()
@@ -161,6 +164,7 @@ def test_while_it_is_off_nothing_is_open_and_the_next_start_puts_it_back(topolog
     daemon.detach(attached.id)
 
 
+@pytest.mark.userspace
 def test_tc_fences_alone_where_xdp_was_taken_off_and_is_refused(topology: Topology, start: Start) -> None:
     daemon = start(topology, policy=POLICY)
     workload = topology.add_veth()

@@ -18,12 +18,12 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -110,19 +110,29 @@ def plane(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> I
         runner.run(one.close(detach=False))
 
 
-@pytest.fixture(scope="module")
-def cgroup_program(plane: DataPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Load the cgroup program with the slot compiled in: a test run gives it fresh, empty storage."""
-    pins = plane._bpffs_dir / "programs-test"
-    pins.mkdir()
-    layout = tmp_path_factory.mktemp("layout") / "layout.json"
-    maps = next(plane._bpffs_dir.glob("maps-*"))
-    job = child.Job(str(loader.bpf_sources()), str(maps), str(pins), str(layout), MAX_LEASES, SLOT)
-    subprocess.run([sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))], check=True)
-    program = links.obj_get(pins / "nf_cgroup_egress")
-    shutil.rmtree(pins)
+@pytest.fixture
+def program(hook: Hook, plane: DataPlane, tmp_path: Path) -> Iterator[int]:
+    """Give what a test run runs: for cgroups with the slot compiled in, because it gives them fresh, empty storage."""
+    if hook != "cgroup":
+        yield plane._loaded.programs[f"nf_{hook}"]
+        return
+    (programs,) = plane._bpffs_dir.glob("programs-*")
+    pin = programs / "test_egress"  # kept beside the others for the next module (warm.py): compiling takes long
+    if not pin.exists():
+        _compile_for_tests(plane, pin, tmp_path / "layout.json")
+    program = links.obj_get(pin)
     yield program
     os.close(program)
+
+
+def _compile_for_tests(plane: DataPlane, pin: Path, layout: Path) -> None:
+    pins = plane._bpffs_dir / "testing"
+    pins.mkdir()
+    (maps,) = plane._bpffs_dir.glob("maps-*")
+    job = child.Job(str(loader.bpf_sources()), str(maps), str(pins), str(layout), MAX_LEASES, SLOT)
+    subprocess.run([sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))], check=True)
+    (pins / "nf_cgroup_egress").rename(pin)
+    pins.rmdir()
 
 
 def _random_rules(rng: random.Random) -> list[tuple[str, bool, float]]:
@@ -279,12 +289,11 @@ def _ever(hook: Hook) -> set[Reason]:
 def test_kernel_and_oracle_agree(
     hook: Hook,
     plane: DataPlane,
-    cgroup_program: int,
+    program: int,
     runner: asyncio.Runner,
     record_property: Tell,
 ) -> None:
     seen: Counter[Reason] = Counter()
-    program = cgroup_program if hook == "cgroup" else plane._loaded.programs[f"nf_{hook}"]
     for seed in range(WORLDS):
         rng = random.Random(f"{hook} {seed}")
         mode = rng.choice([Mode.ALLOWLIST, Mode.ALLOWLIST, Mode.DENYLIST, Mode.DENYLIST, Mode.BLOCK_ALL, Mode.DISABLED])
@@ -435,9 +444,8 @@ def _fuzz(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_kernel_and_oracle_agree_on_fuzzed_frames(
-    hook: Hook, plane: DataPlane, cgroup_program: int, runner: asyncio.Runner, record_property: Tell
+    hook: Hook, plane: DataPlane, program: int, runner: asyncio.Runner, record_property: Tell
 ) -> None:
-    program = cgroup_program if hook == "cgroup" else plane._loaded.programs[f"nf_{hook}"]
     _fuzz(plane, program, runner, hook, (FUZZ_WORLDS, FUZZ_PACKETS), record_property)
 
 
@@ -445,9 +453,8 @@ def test_kernel_and_oracle_agree_on_fuzzed_frames(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_kernel_and_oracle_agree_on_many_more_fuzzed_frames(
-    hook: Hook, plane: DataPlane, cgroup_program: int, runner: asyncio.Runner, record_property: Tell
+    hook: Hook, plane: DataPlane, program: int, runner: asyncio.Runner, record_property: Tell
 ) -> None:
-    program = cgroup_program if hook == "cgroup" else plane._loaded.programs[f"nf_{hook}"]
     seen = _fuzz(plane, program, runner, hook, (NIGHTLY_WORLDS, NIGHTLY_PACKETS), record_property)
     expected = _ever(hook) - {Reason.REPLY}  # a matter of luck: few worlds drop what a reply passes
     if hook == "xdp":

@@ -33,12 +33,12 @@ from test_differential import (
     Hook,
     Tell,
     _in_force,
-    cgroup_program,
     plane,
+    program,
     runner,
 )
 
-__all__ = ["cgroup_program", "plane", "runner"]  # fixtures
+__all__ = ["plane", "program", "runner"]  # fixtures
 
 WORLDS = 12 if SLOWNESS == 1 else 2  # per hook
 MODES = (Mode.ALLOWLIST, Mode.DENYLIST, Mode.ALLOWLIST, Mode.BLOCK_ALL, Mode.DENYLIST, Mode.DISABLED)
@@ -84,9 +84,8 @@ def _compare(plane: DataPlane, program: int, rng: random.Random, world: World) -
 @pytest.mark.dealt
 @pytest.mark.parametrize("hook", ["tc", pytest.param("cgroup", marks=needs("test runs of cgroup programs"))])
 def test_it_says_what_packets_get(
-    hook: Hook, plane: DataPlane, cgroup_program: int, runner: asyncio.Runner, record_property: Tell
+    hook: Hook, plane: DataPlane, program: int, runner: asyncio.Runner, record_property: Tell
 ) -> None:
-    program = cgroup_program if hook == "cgroup" else plane._loaded.programs["nf_tc"]
     seen: Counter[str] = Counter()
     for number in range(WORLDS):
         rng = random.Random(f"explain {hook} {number}")

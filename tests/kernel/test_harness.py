@@ -177,6 +177,7 @@ with sandbox.bpffs(Path(tempfile.mkdtemp())) as mounted:
         process.kill()
 
 
+@pytest.mark.userspace
 def test_a_killed_run_leaves_nothing_but_a_cgroup_and_the_next_one_sweeps_it(child: subprocess.Popen[bytes]) -> None:
     assert child.stdout is not None
     pid, mounted = child.stdout.readline().decode().split()

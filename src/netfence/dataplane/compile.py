@@ -46,7 +46,11 @@ PROGRAMS: dict[str, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the child is asked to do; travels as JSON in its argument."""
+    """What the child is asked to do; travels as JSON in its argument.
+
+    `test_slot` is the slot by which the one program judges that cannot be told it in a test run, and which alone is
+    loaded then.
+    """
 
     sources: str
     maps_dir: str
@@ -169,7 +173,9 @@ def run(job: Job) -> None:
     if job.test_slot is not None:
         flags.append(f"-DTEST_SLOT={job.test_slot}")
     module = BPF(text=(sources / "netfence.bpf.c").read_text(encoding="utf-8"), cflags=flags)
-    for name, (kind, attach_type) in PROGRAMS.items():
+    wanted = PROGRAMS if job.test_slot is None else ("nf_cgroup_egress",)
+    for name in wanted:
+        kind, attach_type = PROGRAMS[name]
         function = module.load_func(name, kind, attach_type=attach_type)
         pin = Path(job.programs_dir) / name
         if not pin.exists():
