@@ -124,7 +124,7 @@ class Server:
     @property
     def noted(self) -> int:
         """How many connections begun from outside the kernel holds for it."""
-        return self.place.attachment.fence.plane._inbound.count(self.place.attachment.slot)
+        return self.place.attachment.fence.plane._inbound.shares.of(self.place.attachment.slot)
 
 
 def assert_talks(connection: RemoteSocket) -> None:

@@ -134,7 +134,7 @@ def test_a_raw_packet_to_the_loopback_with_a_foreign_source_makes_no_reply_entry
     segment = struct.pack("!HHIIBBHHH", ECHO, port, 1, 0, 0x50, 0x02, 1024, 0, 0)
     with fenced.counts(Reason.LOOPBACK, 1):
         raw.sendto(bytes(IP(src=WEB["ipv4"], dst="127.0.0.1", proto=6) / segment), ("127.0.0.1", 0))
-    assert inside.fence.plane._inbound.count(fenced.slot) == 0
+    assert inside.fence.plane._inbound.shares.of(fenced.slot) == 0
     answer = struct.pack("!HHIIBBHHH", port, ECHO, 1, 2, 0x50, 0x10, 1024, 0, 0)
     with fenced.counts(Reason.DEFAULT_DROP, 1), pytest.raises(PermissionError):
         raw.sendto(bytes(IP(src="127.0.0.1", dst=WEB["ipv4"], proto=6) / answer), (WEB["ipv4"], 0))

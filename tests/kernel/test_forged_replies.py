@@ -75,10 +75,10 @@ def test_nothing_but_a_syn_makes_an_entry(
     with fence.interface(workload.host_if, replies="any") as fenced:
         fenced.replace(Mode.ALLOWLIST)
         from_internet(workload, family, flags)
-        assert fence.plane._inbound.count(fenced.slot) == 0
+        assert fence.plane._inbound.shares.of(fenced.slot) == 0
         assert_drops(topology, workload, fenced, answer, WEB[family], Reason.DEFAULT_DROP)
         from_internet(workload, family, "S")
-        assert fence.plane._inbound.count(fenced.slot) == 1
+        assert fence.plane._inbound.shares.of(fenced.slot) == 1
         assert topology.arrived(workload, answer, WEB[family], 2) == 2
 
 
@@ -162,9 +162,9 @@ def test_a_workload_cannot_forge_a_syn_to_itself(
         fenced.replace(mode, allow=[own])
         with fenced.counts(Reason.ALLOW_RULE if mode is Mode.ALLOWLIST else Reason.DISABLED, 1):
             forger.sender.send(syn.frame(WEB[family], own, Tag(), to_mac))
-        assert fence.plane._inbound.count(fenced.slot) == 0
+        assert fence.plane._inbound.shares.of(fenced.slot) == 0
         from_internet(forger, family, "S")
-        assert fence.plane._inbound.count(fenced.slot) == int(replies == "any")
+        assert fence.plane._inbound.shares.of(fenced.slot) == int(replies == "any")
 
 
 def test_the_table_of_connections_is_bounded_for_each_attachment(
@@ -202,5 +202,5 @@ def test_detach_forgets_the_connections(fence: Fence, workload: Workload, from_i
     with fence.interface(workload.host_if, replies="any") as fenced:
         fenced.replace(Mode.ALLOWLIST)
         from_internet(workload, "ipv4", "S")
-        assert fence.plane._inbound.count(fenced.slot) == 1
-    assert fence.plane._inbound.count(fenced.slot) == 0
+        assert fence.plane._inbound.shares.of(fenced.slot) == 1
+    assert fence.plane._inbound.shares.of(fenced.slot) == 0

@@ -105,5 +105,5 @@ def test_a_forged_syn_makes_no_entry(site: Site, place_maker: PlaceMaker, family
         fenced.replace(Mode.ALLOWLIST, allow=[to])
         with fenced.counts(Reason.ALLOW_RULE, 1):
             forger.sender.send(syn.frame(source, to, Tag(), bytes.fromhex(to_mac.replace(":", ""))))
-        noted = site.fence.plane._inbound.count(fenced.slot) + (server.noted if server else 0)
+        noted = site.fence.plane._inbound.shares.of(fenced.slot) + (server.noted if server else 0)
         assert noted == 0

@@ -16,6 +16,7 @@ from netfence.dataplane.clock import Clock
 from netfence.dataplane.config import network_port
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.maps import Map
+from netfence.dataplane.shares import Shares
 
 AT_ONCE = 512
 """Reports read in one call: two milliseconds of work. More than that in a row are a flood, and what does not fit the
@@ -116,11 +117,9 @@ class SeenMap:
         self._map = seen
         self._key = layout.packer("seen_key", "slot", "destination", "port", "protocol")
         self._value = layout.packer("seen", "packets", "bytes")
-        fields = layout.fields["seen_count"]
-        self._stride = (layout.sizes["seen_count"] + 7) // 8 * 8
-        self._memory = memoryview(count.memory())
-        self._missed = fields["missed"].offset // 8
-        self._added, self._removed = fields["added"].offset // 4, fields["removed"].offset // 4
+        self._shares = Shares(count, layout, "seen_count")
+        self._missed, self._stride = self._shares.memory.cast("Q"), self._shares.stride // 8
+        self._missed_at = layout.fields["seen_count"]["missed"].offset // 8
         self._lock = threading.Lock()  # two walks at once would lose a count
 
     def read(self, slot: int) -> tuple[list[Seen], int]:
@@ -135,21 +134,17 @@ class SeenMap:
 
     def missed(self, slot: int) -> int:
         """Return the slot's packets for whose destinations there was no room."""
-        return self._memory.cast("Q")[slot * self._stride // 8 + self._missed]
+        return self._missed[slot * self._stride + self._missed_at]
 
     def clear(self, slot: int) -> None:
         """Forget all that the slot has; nothing may be added meanwhile but what is to be forgotten too."""
         with self._lock:
             gone = sum(self._map.delete(key) for key in self._keys(slot))
-            if gone:
-                words = self._memory.cast("I")
-                at = slot * self._stride // 4 + self._removed
-                words[at] = (words[at] + gone) & 0xFFFFFFFF
-            self._memory.cast("Q")[slot * self._stride // 8 + self._missed] = 0
+            self._shares.note_removed(slot, gone)
+            self._missed[slot * self._stride + self._missed_at] = 0
 
     def _keys(self, slot: int) -> list[bytes]:
-        words, at = self._memory.cast("I"), slot * self._stride // 4
-        if words[at + self._added] == words[at + self._removed]:  # most were never audited, and a walk may be long
+        if not self._shares.of(slot):  # most were never audited, and a walk may be long
             return []
         prefix = slot.to_bytes(4, sys.byteorder)
         return [key for key in self._map.keys() if key.startswith(prefix)]  # noqa: SIM118 - a Map is no dict

@@ -15,6 +15,7 @@ from netfence.dataplane.clock import Clock
 from netfence.dataplane.failure import explain
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.maps import Map
+from netfence.dataplane.shares import Shares
 from netfence.errors import ExhaustedError
 
 _MAPPED = b"\0" * 10 + b"\xff\xff"
@@ -122,17 +123,8 @@ class InboundMap:
         self._key = layout.packer("inbound_key", "slot")
         self._value = layout.packer("inbound", "last_use", "state")
         self._open = layout.constants["INBOUND_OPEN"]
-        fields, size = layout.fields["inbound_count"], (layout.sizes["inbound_count"] + 7) // 8 * 8
-        self._memory = count.memory()
-        self._words = memoryview(self._memory).cast("I")
-        self._stride = size // 4
+        self.shares = Shares(count, layout, "inbound_count")
         self._lock = threading.Lock()  # two walks at once would lose a count
-        self._added, self._removed = fields["added"].offset // 4, fields["removed"].offset // 4
-
-    def count(self, slot: int) -> int:
-        """Tell how many connections the slot has in the table."""
-        at = slot * self._stride
-        return (self._words[at + self._added] - self._words[at + self._removed]) & 0xFFFFFFFF
 
     def sweep(self, idle: int, handshake: int, now: int, *, slot: int | None = None) -> None:
         """Remove connections idle for too long (jiffies), or all of one `slot`. Walks the map; in a worker thread."""
@@ -146,10 +138,4 @@ class InboundMap:
                 limit = idle if state == self._open else handshake
                 gone = owner == slot if slot is not None else now - last_use > limit
                 if gone and self._map.delete(key):
-                    at = owner * self._stride + self._removed
-                    self._words[at] = (self._words[at] + 1) & 0xFFFFFFFF
-
-    def close(self) -> None:
-        """Let go of the shared memory."""
-        self._words.release()
-        self._memory.close()
+                    self.shares.note_removed(owner)
