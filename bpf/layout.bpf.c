@@ -10,6 +10,6 @@ BPF_TABLE("hash", struct lease_key, struct lease, layout_leases, 1);
 BPF_TABLE("hash", struct inbound_key, struct inbound, layout_inbound, 1);
 BPF_TABLE("hash", struct endpoint, struct inbound_count, layout_endpoint, 1);
 BPF_TABLE("hash", u32, struct config, layout_config, 1);
-BPF_TABLE("hash", u32, struct counters, layout_counters, 1);
+BPF_TABLE("hash", struct reported, struct counters, layout_counters, 1);
 BPF_TABLE("hash", struct seen_key, struct seen, layout_seen, 1);
 BPF_TABLE("hash", struct seen_count, struct flow, layout_flow, 1);

@@ -167,12 +167,15 @@ def watch(
         shown = 0
         for event in stream:
             loss.add(event.lost)
-            if not chosen.shows(event):
+            alone = event.kind == "lost"
+            if alone and not as_json:
+                loss.tell()
+            if not (as_json if alone else chosen.shows(event)):
                 continue
             if as_json:
                 event.lost = loss.taken()
             show(event, known.who(event.id))
-            shown += 1
+            shown += not alone
             if shown == count:
                 break
         else:
@@ -204,6 +207,8 @@ class Known:
         """Tell what is known of an attachment."""
         from netfence.api.flow_render import Who  # noqa: PLC0415 - see `command`: gRPC is slow to import
 
+        if not attachment_id:
+            return Who()
         age_s = self._clock() - self._asked
         if age_s >= (STALE_S if attachment_id in self._who else ASK_S):
             self._asked = self._clock()

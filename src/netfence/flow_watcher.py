@@ -19,6 +19,9 @@ from netfence.errors import NetfenceError
 QUEUE: Final = 1024
 """Events that wait for one reader, and that it may get in one go after a quiet second: half a megabyte."""
 
+QUIET_S: Final = 1.0
+"""How long a loss waits for an event to be told with, before it is told by itself."""
+
 PACKETS: Final = frozenset[FlowVerdict]({"drop", "would_drop"})
 """Verdicts that packets are reported with; passed ones make no event."""
 
@@ -35,6 +38,7 @@ class Watcher:
         self._failure: NetfenceError | None = None
         self._lost = 0  # since the last event that was queued
         self._tokens, self._at = float(QUEUE), time.monotonic()
+        self._put_at = self._at
 
     @property
     def wants_packets(self) -> bool:
@@ -67,7 +71,14 @@ class Watcher:
         """Give it an event, with how many it lost before."""
         self._queue.append(replace(view, lost=self._lost) if self._lost else view)
         self._lost = 0
+        self._put_at = self._at
         self._news.set()
+
+    def tell_loss(self, at: float, now: float) -> None:
+        """Tell of a loss that no event has come to be told with; `at` is the wall clock, `now` monotonic seconds."""
+        if self._lost and not self._queue and not self._over and now - self._put_at >= QUIET_S:
+            self.put(FlowView(time=at, id=self.id, kind="lost", verdict="", reason=""))
+            self._put_at = now
 
     def end(self, failure: NetfenceError | None = None) -> None:
         """Let its iteration end behind what waits: by itself, or with an error."""

@@ -8,8 +8,9 @@ slices. A watcher's queue is `flow_watcher`'s, how an event looks `flow_views`',
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -42,6 +43,9 @@ QUERIES: Final = 64
 FLOOD: Final = RATE * TICK_S
 """Events of one tick beyond which attachments take turns: there is not room for all."""
 
+ROUND_S: Final = 1.0
+"""How long it takes to see once, of every attachment that is watched, what the kernel kept back; 7 µs each."""
+
 AGE_S: Final = 0.02
 """What a report's time may be off: of what is older than the watch that is about to see it, nobody asked."""
 
@@ -55,6 +59,10 @@ class Plane(Protocol):
 
     def read_flows(self) -> list[Flow]:
         """Return what it has reported since."""
+        ...
+
+    def kept_back(self, slot: int) -> int:
+        """Return how many drops of the slot it has not reported since the last one that it has."""
         ...
 
 
@@ -107,25 +115,24 @@ class Attached(Protocol):
 class _Tap:
     """What one DNS server tells its decisions to."""
 
-    __slots__ = ("_heard", "_lost", "attached", "passes", "room")
+    __slots__ = ("_heard", "attached", "lost", "passes", "room")
 
     def __init__(self, attached: Attached, heard: list[_Heard]) -> None:
         self.attached = attached
         self.passes: bool | None = None  # not listening yet
         self.room = QUERIES
+        self.lost: Counter[FlowVerdict] = Counter()  # of this tick
         self._heard = heard
-        self._lost = 0
 
     def __call__(self, decision: Decision) -> None:
         if self.room:
             self.room -= 1
-            self._heard.append((time.time(), self, decision, self._lost))
-            self._lost = 0
+            self._heard.append((time.time(), self, decision))
         else:
-            self._lost += 1
+            self.lost[decision.word] += 1
 
 
-_Heard = tuple[float, _Tap, Decision, int]  # when, by the wall clock; whose; what; how many were lost before
+_Heard = tuple[float, _Tap, Decision]  # when, by the wall clock; whose; what
 
 
 class Flows:
@@ -139,6 +146,8 @@ class Flows:
         self._taps: dict[str, _Tap] = {}
         self._heard: list[_Heard] = []
         self._since = 0.0  # when the kernel began to report
+        self._told: dict[str, int] = {}  # of whose packets it is to report: what of `kept_back` has been told already
+        self._round: deque[Attached] = deque()  # of these, whose turn it is to be looked at
         self._wanted = asyncio.Event()
         self._closed = False
         self.refused = 0
@@ -200,8 +209,10 @@ class Flows:
         reported = self._plane.read_flows() if any(watcher.wants_packets for watcher in self._watchers) else []
         heard = self._heard[:]
         self._heard.clear()
+        unheard = [(tap.attached.row.id, *one) for tap in self._taps.values() for one in tap.lost.items()]
         for tap in self._taps.values():
             tap.room = QUERIES
+            tap.lost.clear()
         wall = time.time() - time.monotonic()
         rules: dict[int, dict[bytes, str]] = {}
         for count, event in enumerate(_in_turns([*reported, *heard])):
@@ -211,6 +222,11 @@ class Flows:
                 self._decision(event)
             if count % SLICE == SLICE - 1:
                 await asyncio.sleep(0)
+        for one in unheard:
+            self._lose(*one)
+        self._look()
+        for watcher in self._watchers:
+            watcher.tell_loss(time.time(), time.monotonic())
         if not same and self._there is known:  # else who began to watch meanwhile has followed what is newer
             self._follow(there)
 
@@ -228,29 +244,51 @@ class Flows:
         if attached is None or flow.at < self._since:
             return
         verdict = packet_verdict(flow)
+        already = min(flow.lost, self._told.get(attached.row.id, 0))
+        if already:
+            self._told[attached.row.id] -= already
+            flow = flow._replace(lost=flow.lost - already)
         if old is not None and new is not None and old is not new:  # of either
             for watcher in self._watchers:
                 if watcher.wants(old.row.id, verdict) or watcher.wants(new.row.id, verdict):
                     watcher.lose(1 + flow.lost)
-        elif takers := self._takers(attached.row.id, verdict, flow.lost):
+            return
+        self._lose(attached.row.id, verdict, flow.lost)
+        if takers := self._takers(attached.row.id, verdict):
             view = packet_view(attached.row.id, attached.attachment, flow, wall, rules.setdefault(flow.slot, {}))
             _hand_out(takers, view)
 
     def _decision(self, heard: _Heard) -> None:
         """Hand out one decision of a DNS server."""
-        at, tap, decision, lost = heard
+        at, tap, decision = heard
         attachment_id = tap.attached.row.id
-        if takers := self._takers(attachment_id, decision.word, lost):
+        if takers := self._takers(attachment_id, decision.word):
             _hand_out(takers, dns_view(attachment_id, decision, at))
 
-    def _takers(self, attachment_id: str, verdict: FlowVerdict, lost: int) -> list[Watcher]:
-        """Return who wants such an event and has room for it; the others lose it. All lose what was `lost` before."""
+    def _look(self) -> None:
+        """See what the kernel kept back of some attachments: without a further drop it would tell nobody."""
+        for _ in range(math.ceil(len(self._round) * TICK_S / ROUND_S)):
+            attached = self._round[0]
+            self._round.rotate(-1)
+            attachment_id = attached.row.id
+            kept, told = self._plane.kept_back(attached.row.slot), self._told[attachment_id]
+            if kept > told:  # less is told with a report that we have yet to read
+                self._told[attachment_id] = kept
+                self._lose(attachment_id, "would_drop" if attached.attachment.policy.audit else "drop", kept - told)
+
+    def _lose(self, attachment_id: str, verdict: FlowVerdict, count: int) -> None:
+        """Have everybody who wanted such events lose that many."""
+        for watcher in self._watchers:
+            if watcher.wants(attachment_id, verdict):
+                watcher.lose(count)
+
+    def _takers(self, attachment_id: str, verdict: FlowVerdict) -> list[Watcher]:
+        """Return who wants such an event and has room for it; the others lose it."""
         takers = []
         now = time.monotonic()
         rate = RATE / max(len(self._watchers), 1)
         for watcher in self._watchers:
             if watcher.wants(attachment_id, verdict):
-                watcher.lose(lost)
                 if watcher.has_room(rate, now):
                     takers.append(watcher)
                 else:
@@ -265,6 +303,11 @@ class Flows:
                 watcher.end()
         self._there, self._slots = there, {one.row.slot: one for one in there}
         packets = _chosen(there, [watcher for watcher in self._watchers if watcher.wants_packets])
+        known, self._told = self._told, {}
+        for one in packets:  # what was kept back before is for nobody
+            before = known.get(one.row.id)
+            self._told[one.row.id] = self._plane.kept_back(one.row.slot) if before is None else before
+        self._round = deque(packets)
         self._plane.watch_slots({one.row.slot for one in packets})
         wanted = {one.row.id: one for one in _chosen(there, self._watchers)}
         passed = _chosen(there, [watcher for watcher in self._watchers if watcher.wants_passes])

@@ -6,14 +6,17 @@ import json
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemons import Fenced
+from flood import flood
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.daemon import PROGRAM
@@ -22,6 +25,7 @@ from harness.packets import TCP4_SYN, UDP4, UDP6
 from harness.spawn import spawn, stop
 from harness.topology import Topology, Workload
 from harness.unbound import Unbound
+from harness.wire import Tag
 from netfence.api.client import RefusedError, UnreachableError
 from netfence.dataplane.compile import map_specs
 from netfence.dataplane.layout import Layout
@@ -107,16 +111,51 @@ def test_drops_are_told_with_all_that_is_known_of_them(
     assert sum(event.lost for event in watching.told) == 0
 
 
-def test_times_are_the_wall_clocks(daemon: Fenced, topology: Topology, workload: Workload, fenced: str) -> None:
+def test_times_are_the_wall_clocks(
+    daemon: Fenced, topology: Topology, workload: Workload, agent: Agent, names: Unbound, fenced: str
+) -> None:
+    names.replace([])
+    dns = dns_of(daemon, fenced)
     with Watching(daemon, fenced) as watching:
         before = daemon_pb2.FlowEvent().time
         before.GetCurrentTime()
         topology.arrived(workload, UDP4, OUTSIDE4, count=1)
-        (event,) = watching.of(is_packet)
+        agent.query(dns, "other.test")
+        told = [*watching.of(is_packet), *watching.of(is_query)]
         after = daemon_pb2.FlowEvent().time
         after.GetCurrentTime()
     slack_ms = 500  # the kernel counts in jiffies, and the daemon looks at two clocks, one after the other
-    assert before.ToMilliseconds() - slack_ms <= event.time.ToMilliseconds() <= after.ToMilliseconds() + slack_ms
+    earliest, latest = before.ToMilliseconds() - slack_ms, after.ToMilliseconds() + slack_ms
+    assert [event.kind for event in told if earliest <= event.time.ToMilliseconds() <= latest] == ["packet", "dns"]
+
+
+def test_of_a_burst_that_ends_everything_is_told_or_counted(
+    daemon: Fenced, topology: Topology, workload: Workload, fenced: str
+) -> None:
+    """Nothing comes behind it that could tell what was kept back; and the next who watch are told nothing of it."""
+    count = 1000
+
+    def sent() -> int:
+        before = sum(daemon.counters(fenced).packets)
+        frame = workload.bytes_of(UDP4, OUTSIDE4, Tag())
+        for _ in range(count):
+            workload.sender.send(frame)
+        wait_for(lambda: sum(daemon.counters(fenced).packets) - before >= count, "all to be judged")
+        return sum(daemon.counters(fenced).packets) - before
+
+    def told() -> int:
+        return len(list(filter(is_packet, watching.told))) + sum(event.lost for event in watching.told)
+
+    with Watching(daemon, fenced, ["drop"]) as watching:
+        dropped = sent()
+        wait_for(lambda: told() >= dropped, "the loss to be told")
+        assert told() == dropped
+        assert [event.kind for event in watching.told][-1] == "lost"
+        assert watching.told[-1].id == fenced
+    with Watching(daemon, fenced, ["drop"]) as watching:
+        topology.arrived(workload, UDP4, OUTSIDE4, count=1)
+        (event,) = watching.of(is_packet)
+        assert event.lost == 0
 
 
 def test_passed_packets_make_no_event(daemon: Fenced, topology: Topology, workload: Workload, fenced: str) -> None:
@@ -353,6 +392,38 @@ def test_a_reader_that_does_not_read_holds_no_memory(
     wait_for(lambda: watched_slots(daemon) == set(), "the kernel to report no more")
 
 
+LOOKS, LOOK_S = 3, 1.5
+MOST_OF_A_CORE = 0.2
+
+
+@pytest.mark.serial
+def test_a_flood_that_four_watch_costs_the_daemon_a_fraction_of_a_core(
+    daemon: Fenced, topology: Topology, workload: Workload, fenced: str, record_property: Callable[[str, object], None]
+) -> None:
+    """As many drops as one CPU sends, a hundred thousand a second: what is told of them is bounded, however many."""
+    shares, rates = [], []
+    with ExitStack() as stack:
+        watching = [stack.enter_context(Watching(daemon)) for _ in range(4)]
+        stack.enter_context(flood(workload, workload.bytes_of(UDP4, OUTSIDE4, Tag())))
+        watching[0].of(is_packet, 100)
+        for _ in range(LOOKS):
+            began, cpu, dropped = time.monotonic(), on_cpu(daemon), sum(daemon.counters(fenced).packets)
+            wait_for(lambda: time.monotonic() > began + LOOK_S, "some time of the flood")  # noqa: B023
+            took = time.monotonic() - began
+            shares.append((on_cpu(daemon) - cpu) / took)
+            rates.append((sum(daemon.counters(fenced).packets) - dropped) / took)
+    record_property("drops_per_s", [round(rate) for rate in rates])
+    record_property("of_a_core", [round(share, 3) for share in shares])
+    assert any(event.lost for event in watching[0].told)
+    assert min(shares) < MOST_OF_A_CORE, (shares, rates)  # the least: other work here makes the same cost more
+
+
+def on_cpu(daemon: Fenced) -> float:
+    """Return for how many seconds all threads of the daemon have run so far."""
+    threads = Path(f"/proc/{daemon.pid}/task").glob("*/schedstat")
+    return sum(int(each.read_text().split()[0]) for each in threads) / 1e9
+
+
 # -- the daemon goes and comes -----------------------------------------------------------------------------------------
 
 
@@ -414,7 +485,11 @@ def test_the_commands_show_it(
     assert document["names"][0]["domain"] == "other.test"
 
 
-def test_an_unknown_id_is_an_error_of_the_operation(daemon: Fenced) -> None:
+def test_an_unknown_id_is_an_error_of_the_operation(daemon: Fenced, workload: Workload, fenced: str) -> None:
     done = daemon.cli("watch", "--id", "nope", check=False)
     assert done.returncode == 1
     assert done.stderr == "netfenced: watch: no attachment nope; see `netfenced list`\n"
+    for near in (workload.host_if, f"{fenced[:-1]}x"):
+        done = daemon.cli("watch", "--id", near, check=False)
+        assert done.returncode == 1
+        assert f"did you mean {fenced} ({workload.host_if})?" in done.stderr

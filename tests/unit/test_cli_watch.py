@@ -134,6 +134,15 @@ def test_loss_is_told_beside_the_lines(daemon: Background) -> None:
     ]
 
 
+def test_loss_that_is_told_by_itself_is_no_event(daemon: Background) -> None:
+    alone = FlowView(time=PACKET.time, id="", kind="lost", verdict="", reason="", lost=7)
+    result = watched(daemon, [PACKET, alone, PACKET], "--count", "2", "--to", "203.0.113.0/24")
+    assert len(result.stdout.splitlines()) == 2
+    assert "7 events were lost" in result.stderr
+    result = watched(daemon, [PACKET, alone, PACKET], "--json", "--count", "2", "--kind", "packet")
+    assert [(one["kind"], one["lost"]) for one in documents(result)] == [("packet", 0), ("lost", 7), ("packet", 0)]
+
+
 def test_loss_before_events_that_are_not_shown_is_told_with_the_next_that_is(daemon: Background) -> None:
     result = watched(
         daemon, [replace(PACKET, lost=5), replace(PACKET, lost=2), QUERY, QUERY], "--json", "--kind", "dns"

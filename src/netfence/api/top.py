@@ -83,6 +83,8 @@ class Tally:
         would = event.verdict == "would_drop"
         with self._lock:
             self._lost += event.lost
+            if event.kind == "lost":
+                return
             if event.kind == "dns":
                 counts = self._queries
                 key = Dropped(event.id, event.protocol, "", event.domain, event.reason, would)

@@ -84,12 +84,15 @@ class StatusView:
 
 @dataclass(frozen=True, slots=True)
 class FlowView:
-    """One decision about a packet or a DNS query: FlowEvent of daemon.proto, `time` in seconds since the epoch."""
+    """One decision about a packet or a DNS query, or ("lost") a number of them that nobody is told of.
+
+    FlowEvent of daemon.proto, `time` in seconds since the epoch.
+    """
 
     time: float
     id: str
-    kind: Literal["packet", "dns"]
-    verdict: FlowVerdict
+    kind: Literal["packet", "dns", "lost"]
+    verdict: FlowVerdict | Literal[""]
     reason: str
     protocol: str = ""
     source: str = ""

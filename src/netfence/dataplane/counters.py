@@ -41,20 +41,29 @@ class CounterMap:
         self._words = layout.sizes["counters"] // 8
         fields = layout.fields["counters"]
         self._real, self._would = (fields[name].offset // 8 for name in ("real", "would"))
+        self._lost = (fields["reported"].offset + layout.fields["reported"]["lost"].offset) // 4
 
     def read(self, slot: int) -> Counters:
         """Sum the counters of all CPUs."""
-        raw = self._map.lookup(slot.to_bytes(4, sys.byteorder))
-        if raw is None:
-            message = f"slot {slot} has no counters"
-            raise LookupError(message)
-        words = memoryview(raw).cast("Q")
+        words = memoryview(self._lookup(slot)).cast("Q")
         cpus = [words[at : at + self._words].tolist() for at in range(0, len(words), self._words)]
         total = [sum(column) for column in zip(*cpus, strict=True)]
         # Each `struct count` is packets, then bytes.
         ends = ((at + which, at + 2 * REASON_COUNT) for at in (self._real, self._would) for which in (0, 1))
         columns = [total[start:end:2] for start, end in ends]
         return Counters(*map(tuple, columns))
+
+    def kept_back(self, slot: int) -> int:
+        """Count the reports kept back since the last one; the next one tells how many, and the count begins anew."""
+        words = memoryview(self._lookup(slot)).cast("I")
+        return sum(words[at + self._lost] for at in range(0, len(words), 2 * self._words))
+
+    def _lookup(self, slot: int) -> bytes:
+        raw = self._map.lookup(slot.to_bytes(4, sys.byteorder))
+        if raw is None:
+            message = f"slot {slot} has no counters"
+            raise LookupError(message)
+        return raw
 
     def clear(self, slot: int) -> None:
         """Set all to zero, for the next attachment of this slot."""

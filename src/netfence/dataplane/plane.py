@@ -378,6 +378,10 @@ class DataPlane:
         """Return the drops reported since the last call, oldest first; at most `flows.AT_ONCE`. Never waits."""
         return self._flows.read()
 
+    def kept_back(self, slot: int) -> int:
+        """Return how many drops of the slot were not reported since the last one that was."""
+        return self._counters.kept_back(slot)
+
     def seen(self, slot: int) -> tuple[list[Seen], int]:
         """Return where audit mode let packets through, and how many packets are missing there. Walks a map: blocks."""
         return self._seen.read(slot)

@@ -168,7 +168,7 @@ class FakeDaemon:
             await asyncio.sleep(0.005)
         for watcher in self.watchers:
             for view in views:
-                if watcher.wants(view.id, view.verdict):
+                if not view.verdict or watcher.wants(view.id, view.verdict):
                     watcher.lose(view.lost)
                     watcher.put(view)
             if end:
