@@ -143,6 +143,10 @@ class Booted:
         lines = self.run("cat", f"/proc/{self.shows('MainPID')}/status").splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
+    def mounts(self) -> list[list[str]]:
+        """Read what the daemon sees of the file system: the fields of /proc/<pid>/mountinfo."""
+        return [line.split() for line in self.run("cat", f"/proc/{self.shows('MainPID')}/mountinfo").splitlines()]
+
     def said(self) -> str:
         """Give what systemd and the daemon wrote."""
         files = (self._directory / "console", self.log)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 import control_commands as commands
-from control_stage import DETACHED, REMOVED, Stage, staged
+from control_stage import DETACHED, REMOVED, Stage, daemon_of, staged
 from harness.cgroup import Cgroup
+from harness.controlplane import ControlPlaneProcess
 from harness.deadline import wait_for
+from harness.fresh import Fresh
 from harness.topology import Topology
 
 pytestmark = [pytest.mark.userspace, pytest.mark.timeout(150)]  # a reconnect may take 30 s
@@ -108,6 +111,21 @@ def test_what_went_while_the_daemon_was_down(
     assert first.name == "sync"
     assert [attachment.id for attachment in first.body.attachments] == [kept.id]
     stage.daemon.detach(kept.id)
+
+
+def test_all_are_told_of_by_a_daemon_that_detaches_them_when_it_stops(fresh: Fresh, tmp_path: Path) -> None:
+    topology = fresh.topology()
+    more = {"enforcement": {"on_shutdown": "detach"}}
+    with (
+        ControlPlaneProcess(topology.host) as plane,
+        daemon_of(plane, topology, tmp_path / "daemon", more) as daemon,
+    ):
+        plane.on_subscribed(commands.ack())
+        attached = [daemon.attach(interface=topology.add_veth().host_if) for _ in range(2)]
+        assert daemon.stop() == 0
+        assert daemon.link_pins() == []
+        for one in attached:
+            assert plane.wait_event("unsubscribed", id=one.id).reason == DETACHED
 
 
 def test_none_is_lost_when_the_stream_ends_amid_them(stage: Stage, topology: Topology) -> None:

@@ -18,10 +18,13 @@ from harness.agent import Agent
 from harness.cgroup import root as cgroup_root
 from harness.daemon import PROGRAM
 from harness.fresh import Fresh
+from harness.packets import UDP4
 from harness.topology import DNS4, Topology, Workload
 from xdp_tools import foreign_xdp
 
 pytestmark = pytest.mark.userspace
+
+OUTSIDE4 = "203.0.113.99"
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +220,13 @@ def test_a_socket_in_use(bench: Fenced) -> None:
 
 
 @pytest.mark.parametrize("shared", ["data_dir", "bpffs_dir"])
-def test_a_second_daemon(bench: Fenced, tmp_path: Path, shared: str) -> None:
-    """It is refused by what both would write, and the first one does not feel it."""
+def test_a_second_daemon(fresh: Fresh, start: Start, tmp_path: Path, shared: str) -> None:
+    """It is refused by what both would write, and the first one does not feel it: then, nor when it starts again."""
+    topology = fresh.topology()
+    workload = topology.add_veth()
+    bench = start(topology)
+    attached = bench.attach(interface=workload.host_if)
+    pins = set(bench.pins.rglob("*"))
     own = {"data_dir": str(tmp_path / "data2"), "bpffs_dir": str(bench.bpffs / "second")}
     own[shared] = str(bench.directory / "data") if shared == "data_dir" else str(bench.pins)
     environment = {f"NETFENCE_{key.upper()}": value for key, value in own.items()}
@@ -230,7 +238,15 @@ def test_a_second_daemon(bench: Fenced, tmp_path: Path, shared: str) -> None:
         )  # fmt: skip
     assert done.returncode == 1
     assert "another netfenced uses" in done.stderr.splitlines()[-1]
-    assert bench.status().attachment_count == 0
+    for again in (False, True):
+        if again:
+            bench.restart()
+        assert [info.id for info in bench.attachments()] == [attached.id]
+        assert pins <= set(bench.pins.rglob("*"))  # more may come behind the attach
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    assert not bench.events("recovered")  # its state was whole
+    bench.detach(attached.id)
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
 
 
 def test_missing_capabilities_are_named(bench: Fenced) -> None:

@@ -449,6 +449,9 @@ def test_systemd_is_told(fresh: Fresh, start: Start, tmp_path: Path) -> None:
         assert manager.recv(100).splitlines()[0] == b"READY=1"
         assert daemon.stop() == 0
         assert manager.recv(100) == b"STOPPING=1"
+        daemon.launch()
+        assert manager.recv(100).splitlines()[0] == b"READY=1"
+        assert daemon.status().attachment_count == 0  # the API is open by then
 
 
 def test_an_idle_daemon_is_small(daemon: Fenced) -> None:

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,30 @@ def test_an_interface_stays_fenced_and_is_taken_over(topology: Topology, start: 
     assert enforced() == (3, 3, 3)
 
 
+def test_a_start_of_the_same_build_compiles_nothing(topology: Topology, start: Start, tmp_path: Path) -> None:
+    """It could not: the compiler is broken, as a start of another build finds out."""
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "bcc.py").write_text("raise RuntimeError('the compiler is broken')\n")
+    daemon._env = {"PYTHONPATH": str(broken)}
+    for how in ("stop", "kill -9"):
+        end(daemon, how)
+        daemon.start()
+        assert [info.id for info in daemon.attachments()] == [attached.id]
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+        assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.stop()
+    daemon.write_config({"dns": {"max_leases": 500, "max_leases_total": 1000}})
+    daemon.launch()
+    assert "the compiler is broken" in daemon.ended_saying()
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.write_config({})
+    daemon.start()
+
+
 def _refused(daemon: Fenced, **target: Any) -> str:
     with pytest.raises(RefusedError) as raised:
         daemon.attach(**target)
@@ -182,14 +207,36 @@ def test_a_renamed_interface_is_found_again(topology: Topology, start: Start) ->
     assert [(info.id, info.target) for info in daemon.attachments()] == [(attached.id, "other7")]
 
 
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_a_new_interface_of_the_old_name_and_kind_is_a_new_target(
+    topology: Topology, start: Start, *, tcx: bool
+) -> None:
+    """The old one went while no daemon ran: the new one has neither its fence nor its id, and can be attached."""
+    old = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}}, tcx=tcx)
+    first = daemon.attach(interface=old.host_if)
+    daemon.kill()
+    topology.host.ip(f"link del {old.host_if}", f"link add {old.host_if} type veth peer name peer7")
+    daemon.start()
+    assert daemon.own_events("dropped", first.id)
+    assert daemon.attachments() == []
+    assert daemon.link_pins() == []
+    filters = topology.host.run("tc", "filter", "show", "dev", old.host_if, "ingress", check=False).stdout
+    assert "bpf" not in filters
+    second = daemon.attach(interface=old.host_if, direction="workload")
+    assert second.id != first.id
+    daemon.detach(second.id)
+
+
 def test_an_attach_that_was_never_finished_is_taken_off(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()
     daemon = start(topology, policy={"default": {"mode": "block_all"}})
-    daemon.attach(interface=workload.host_if)
+    attached = daemon.attach(interface=workload.host_if)
     daemon.kill()
     edit_state(daemon, "UPDATE attachments SET policy = NULL")  # as it is until the first policy is in force
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
     daemon.start()
+    assert daemon.own_events("dropped", attached.id)
     assert daemon.attachments() == []
     assert daemon.link_pins() == []
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
@@ -242,7 +289,8 @@ def test_a_lost_dns_port_is_waited_for_and_the_fence_stays(topology: Topology, s
     with topology.host.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as thief:
         thief.bind(attached.dns)
         daemon.start()
-        assert daemon.own_events("dns_port_lost", attached.id)
+        (told,) = daemon.own_events("dns_port_lost", attached.id)
+        assert told["level"] == "error"
         assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
         assert daemon.info(attached.id).dns_address == "{}:{}".format(*attached.dns)
     wait_for(lambda: daemon.own_events("dns_port_back", attached.id), "the port to be bound again")
@@ -253,10 +301,11 @@ def test_after_a_reboot_an_interface_of_the_same_name_and_kind_is_fenced_with_it
     topology: Topology, start: Start, cgroups: Callable[[str], Cgroup]
 ) -> None:
     """A reboot is played: no pins, another boot id, interfaces made anew."""
-    workload, other = topology.add_veth(), topology.add_veth()
+    workload, other, kind = topology.add_veth(), topology.add_veth(), topology.add_veth()
     daemon = start(topology, policy=POLICY)
     attached = daemon.attach(interface=workload.host_if)
     daemon.attach(interface=other.host_if)
+    daemon.attach(interface=kind.host_if)
     daemon.attach(cgroup=cgroups("box"))
     daemon.stop()
     for pin in sorted(daemon.pins.rglob("*"), key=lambda path: len(path.parts), reverse=True):
@@ -264,6 +313,7 @@ def test_after_a_reboot_an_interface_of_the_same_name_and_kind_is_fenced_with_it
     edit_state(daemon, "UPDATE attachments SET boot_id = 'the boot before', identity = '9999' WHERE kind = 'interface'")
     edit_state(daemon, "UPDATE attachments SET boot_id = 'the boot before'")
     topology.host.ip(f"link set {other.host_if} down", f"link set {other.host_if} name else0")
+    topology.host.ip(f"link del {kind.host_if}", f"link add {kind.host_if} type bridge")
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
     daemon.start()
     assert [info.id for info in daemon.attachments()] == [attached.id]
@@ -391,6 +441,26 @@ def test_a_program_that_comes_in_front_is_told_of(topology: Topology, start: Sta
     assert told["programs"] == [f"tcx: program {links.prog_info(program).id} (somebody)"]
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
     os.close(link)
+    os.close(program)
+
+
+def test_a_filter_that_comes_in_front_is_told_of(topology: Topology, start: Start) -> None:
+    """On clsact: of one priority the newest runs first."""
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}}, tcx=False)
+    attached = daemon.attach(interface=workload.host_if)
+    program = rawprog.load_raw(ProgType.SCHED_CLS, rawprog.returning(TCX_NEXT), name="somebody")
+    pin = daemon.bpffs / "somebody"
+    links.obj_pin(program, pin)
+    place = ("dev", workload.host_if, "ingress", "prio", "1", "protocol", "all", "handle", "1", "bpf")
+    topology.host.run("tc", "filter", "add", *place, "da", "object-pinned", str(pin))
+    wait_for(lambda: daemon.own_events("programs_in_front", attached.id), "the daemon to see it", 30)
+    (told,) = daemon.own_events("programs_in_front", attached.id)
+    assert told["level"] == "error"
+    assert told["programs"] == [f"clsact prio 1 handle 0x1: program {links.prog_info(program).id} (somebody)"]
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    topology.host.run("tc", "filter", "del", *place)
+    pin.unlink()
     os.close(program)
 
 

@@ -382,9 +382,12 @@ def test_the_wall_clock_decides_nothing(fresh: Fresh, tmp_path: Path) -> None:
             assert topology.arrived(workload, UDP4, DENIED) == 3
             wait_for(lambda: topology.arrived(workload, UDP4, DENIED) == 0, "two seconds to be over")
             assert agent.query(attached.dns, "good.test").rr
-            daemon.restart()
-            assert [info.id for info in daemon.attachments()] == [attached.id]
-            for address in (ALLOWED, LEARNED):
-                assert topology.arrived(workload, UDP4, address) == 3
-            assert topology.arrived(workload, UDP4, DENIED) == 0
+            for wrong_s in (jump_s, -jump_s):  # as it was when the policy was stored, and set while no daemon runs
+                daemon.stop()
+                daemon.jump(wrong_s)
+                daemon.start()
+                assert [info.id for info in daemon.attachments()] == [attached.id]
+                for address in (ALLOWED, LEARNED):
+                    assert topology.arrived(workload, UDP4, address) == 3
+                assert topology.arrived(workload, UDP4, DENIED) == 0
             daemon.detach(daemon.attach(interface=topology.add_veth().host_if).id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dnslib import RCODE, DNSRecord
 
 import control_commands as commands
 from control_stage import RECONNECT_S, Stage, daemon_of
@@ -20,16 +22,23 @@ from harness.cgroup import Cgroup
 from harness.controlplane import ControlPlaneProcess
 from harness.daemon import Netfenced, host_port
 from harness.deadline import SLOWNESS, wait_for
+from harness.fence import packed
 from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import Topology, Workload
 from harness.unbound import Unbound
-from hooktools import take_off
+from harness.wire import Tag
+from hooktools import TCX_NEXT, needs_tcx, take_off
 from netfence import metrics_http
 from netfence.audited import MAX_NAMES
-from netfence.dns.limits import MAX_TCP_CONNECTIONS
+from netfence.dataplane import links, rawprog
+from netfence.dataplane.layout import Layout
+from netfence.dataplane.links import AttachType
+from netfence.dataplane.rawprog import ProgType
+from netfence.dns.limits import MAX_OUTSTANDING, MAX_TCP_CONNECTIONS
 from netfence.flows import MAX_WATCHERS
 from netfence.metrics import FAMILIES
+from netfence.policy.modes import Reason
 from scraping import CONFIG, Scrape, get, place_of, scrape, scrape_until
 from watching import Watching
 
@@ -180,6 +189,57 @@ def test_queries_are_counted_once_each(start: Start, topology: Topology, names: 
         assert after.sum(started) > before.sum(started)
 
 
+def test_what_dns_keeps_and_what_audit_alone_answered(
+    start: Start, topology: Topology, names: Unbound, workload: Workload
+) -> None:
+    names.replace(["good.test. 300 IN A 203.0.113.80", "unlisted.test. 300 IN A 203.0.113.81"])
+    daemon = start(topology, policy=AUDIT, config=OWN)
+    attached = daemon.attach(interface=workload.host_if)
+    with Agent(netns=workload.netns) as agent:
+        for name in ("good.test", "unlisted.test", "unlisted.test"):
+            agent.query(attached.dns, name)
+    page = scrape_until(
+        daemon,
+        lambda page: page.sum("netfence_dns_would_block_total", attachment=attached.id) == 2,
+        "what only audit answered",
+    )
+    lookups = page.series("netfence_dns_cache_lookups_total", attachment=attached.id)
+    assert {of["result"]: page.sum("netfence_dns_cache_lookups_total", **of) for of in lookups} == {"miss": 2, "hit": 1}
+    assert page.sum("netfence_dns_cache_entries") == 2
+    assert page.sum("netfence_lease_table_used") == page.sum("netfence_leases") == 1
+
+
+def test_queries_that_are_too_many(start: Start, topology: Topology, names: Unbound, workload: Workload) -> None:
+    names.replace(["good.test. 300 IN A 203.0.113.80"])
+    daemon = start(topology, policy=POLICY, config=OWN | {"dns": {"max_qps": 1}})
+    attached = daemon.attach(interface=workload.host_if)
+    with Agent(netns=workload.netns) as agent:
+        rcodes = [agent.query(attached.dns, "good.test").header.rcode for _ in range(10)]
+    assert 0 < rcodes.count(RCODE.REFUSED) < len(rcodes)
+    over = rcodes.count(RCODE.REFUSED)
+    scrape_until(
+        daemon, lambda page: page.sum("netfence_dns_over_limit_total", limit="max_qps") == over, "the refused queries"
+    )
+
+
+def test_queries_that_wait_for_too_long_a_queue(start: Start, topology: Topology, workload: Workload) -> None:
+    dead, beyond = "203.0.113.82", 5
+    policy = {"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow": ["*.good.test"]}}}
+    config = OWN | {"dns": {"upstreams": [dead], "timeout": 5, "attempts": 1}}
+    daemon = start(topology, policy=policy, config=config)
+    attached = daemon.attach(interface=workload.host_if)
+    # A socket that takes the questions and says nothing.
+    with Agent(netns=topology.internet) as deaf, Agent(netns=workload.netns) as agent:
+        silent, client = deaf.udp(), agent.udp()
+        silent.bind((dead, 53))
+        client.connect(attached.dns)
+        for number in range(MAX_OUTSTANDING + beyond):
+            client.send(DNSRecord.question(f"n{number}.good.test").pack())
+        scrape_until(
+            daemon, lambda page: page.sum("netfence_dns_over_limit_total", limit="waiting") == beyond, "those too many"
+        )
+
+
 def test_dead_upstreams_are_told(start: Start, topology: Topology, workload: Workload) -> None:
     dead = "203.0.113.82"
     config = OWN | {"dns": {"upstreams": [dead], "timeout": 0.1, "attempts": 2}}
@@ -248,6 +308,22 @@ def test_names_that_audit_mode_had_to_forget(
     assert page.sum("netfence_dns_would_block_total", attachment=attached) == MAX_NAMES + beyond
 
 
+def test_packets_that_audit_mode_had_no_room_for(daemon: Netfenced, workload: Workload, attached: str) -> None:
+    daemon.set_policy(AUDIT)
+    layout = Layout.load(next((daemon.directory / "data").glob("layout-*.json")))
+    beyond = 7
+    many = layout.constants["SEEN_PER_SLOT"] + beyond
+    frame = workload.bytes_of(UDP4, "172.16.0.0", Tag())
+    for number in range(many):
+        workload.sender.send(frame[:30] + packed(f"172.16.{number >> 8}.{number & 255}") + frame[34:])
+    wait_for(lambda: daemon.counters(attached).would_packets[Reason.DEFAULT_DROP] >= many, "all to be judged")
+    scrape_until(
+        daemon,
+        lambda page: page.sum("netfence_audit_not_remembered_total", attachment=attached, kind="packets") == beyond,
+        "packets to be missed",
+    )
+
+
 def test_streams_of_watch_and_those_refused(daemon: Netfenced, attached: str) -> None:
     before = scrape(daemon).sum("netfence_watch_refusals_total")
     with ExitStack() as stack:
@@ -271,8 +347,23 @@ def test_a_hook_that_was_put_back(daemon: Netfenced, topology: Topology, workloa
     )
 
 
+@needs_tcx
+@pytest.mark.nightly  # the daemon looks every ten seconds: twenty until it is told
+def test_programs_in_front(daemon: Netfenced, topology: Topology, workload: Workload, attached: str) -> None:
+    assert scrape(daemon).series("netfence_programs_in_front") == []
+    program = rawprog.load_raw(ProgType.SCHED_CLS, rawprog.returning(TCX_NEXT), name="somebody")
+    with topology.host.inside():
+        link = links.link_create_tcx(program, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+    scrape_until(
+        daemon, lambda page: page.sum("netfence_programs_in_front", attachment=attached) == 1, "it to be seen", 30
+    )
+    for each in (link, program):
+        os.close(each)
+
+
 def test_commands_of_the_control_plane(topology: Topology, workload: Workload, tmp_path: Path) -> None:
-    with ControlPlaneProcess(topology.host) as plane, daemon_of(plane, topology, tmp_path, OWN) as daemon:
+    settings = {"max_stale": 1, "stale_action": "block_all"}
+    with ControlPlaneProcess(topology.host) as plane, daemon_of(plane, topology, tmp_path, OWN, **settings) as daemon:
         plane.wait_event("sync", timeout_s=RECONNECT_S)
         stage = Stage(topology, plane, daemon)
         attached = stage.attach(workload, commands.ack())
@@ -280,6 +371,7 @@ def test_commands_of_the_control_plane(topology: Topology, workload: Workload, t
         assert page.sum("netfence_control_plane_commands_total", kind="subscribed_ack", result="applied") == 1
         assert page.sum("netfence_control_plane_state", state="connected") == 1
         assert page.sum("netfence_control_plane_state") == page.sum("netfence_control_plane_connects_total") == 1
+        assert page.sum("netfence_control_plane_stale") == page.sum("netfence_control_plane_events_waiting") == 0
 
         stage.good(commands.allow_cidr(attached.id, "203.0.113.0/24"))
         plane.send(commands.allow_cidr("nobody", "203.0.113.0/24"))
@@ -297,7 +389,9 @@ def test_commands_of_the_control_plane(topology: Topology, workload: Workload, t
             daemon, lambda page: page.sum("netfence_control_plane_connect_failures_total") >= 1, "a failed try"
         )
         assert page.sum("netfence_control_plane_state", state="connected") == 0
+        scrape_until(daemon, lambda page: page.sum("netfence_control_plane_stale") == 1, "it to be stale")
         daemon.detach(attached.id)
+        scrape_until(daemon, lambda page: page.sum("netfence_control_plane_events_waiting") > 0, "an event to wait")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -311,6 +405,15 @@ def test_the_page_has_every_family_and_no_other(daemon: Netfenced, attached: str
     (build,) = page.series("netfence_build_info")
     assert build["version"] == daemon.status().version
     assert build["build"] in {pin.name.removeprefix("maps-") for pin in daemon.pins.glob("maps-*")}
+    status = daemon.status()
+    tc = "tcx" if status.features["tcx"] == "yes" else "clsact"
+    assert page.series("netfence_kernel_info") == [{"release": status.kernel_release, "tc": tc}]
+    features = {
+        of["feature"]: page.sum("netfence_kernel_feature", **of) for of in page.series("netfence_kernel_feature")
+    }
+    words = {name: said.partition(":")[0] for name, said in status.features.items()}
+    assert features == {name: word == "yes" for name, word in words.items() if word in ("yes", "no")}
+    assert any(features.values())
     assert page.sum("netfence_attachments") == 1
     assert page.sum("netfence_control_plane_state", state="connected") == 1  # a policy file is always there
 

@@ -41,6 +41,9 @@ def test_a_life_under_systemd(fresh: Fresh, tmp_path: Path) -> None:
         status = systemd.status()
         assert int(status["CapEff"], 16) == sum(1 << probe.CAPABILITIES[name] for name in capabilities())
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        options = {fields[4]: fields[5].split(",") for fields in systemd.mounts()}
+        assert [place for place in ("/", "/sys") if "ro" not in options[place]] == []
+        assert [place for place in ("/sys/fs/bpf/netfence", "/var/lib/netfence") if "ro" in options[place]] == []
 
         systemd.netfenced("attach", "--interface", workload.host_if)
         (attached,) = json.loads(systemd.netfenced("list", "--json"))["attachments"]

@@ -158,6 +158,8 @@ def test_audit_opens_nothing(
     daemon.set_policy({"default": RULES})
     assert traffic.ask("good.test") == 0
     assert topology.arrived(workload, UDP4, GOOD4) == 3
+    (judged,) = daemon.cli_json("why", "--id", fenced.id, GOOD4)["addresses"]
+    assert (judged["verdict"], judged["lease_s"]) == ("would_drop", None)
     daemon.set_policy({"default": {**RULES, "audit": False}})
     assert topology.arrived(workload, UDP4, GOOD4) == 0  # no lease has stayed
     assert traffic.ask("good.test") == REFUSED

@@ -15,7 +15,9 @@ from harness.packets import UDP4
 from harness.topology import Topology, Workload
 from netfence.dataplane.plane import DataPlane, Static
 from netfence.dataplane.target import Direction, resolve_interface
+from netfence.errors import ExhaustedError
 from netfence.policy.commands import BulkUpdate, CidrSpec, apply
+from netfence.policy.limits import MAX_ATTACHMENTS
 from netfence.policy.modes import Mode, Reason
 from netfence.policy.policy import EMPTY
 
@@ -77,7 +79,7 @@ async def _open_with(directory: Path, tcx: bool | None) -> DataPlane:
 
 
 def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
-    """Nothing of an attachment is left for the next one of its slot: no lease, no rule, no count."""
+    """Nothing of an attachment is left for the next one of its slot: no lease, no rule, no count; nor a full table."""
     workload = topology.add_veth()
     with topology.host.inside(), asyncio.Runner() as runner:
         target = resolve_interface(workload.host_if)
@@ -87,8 +89,12 @@ def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
         runner.run(plane.apply(slot, POLICY, None))
         plane.open_leases(slot, [bytes([203, 0, 113, 80])], time.monotonic() + 3600)
         _holds(topology, workload)
+        index = plane._slots[slot].index
+        assert len(plane._rules.read(index)) == 1
         runner.run(plane.detach(slot, target, "one"))
         plane.free_slot(slot)
+        runner.run(_settled(plane))
+        assert len(plane._rules.read(index)) == 0  # its table is anybody's, and empty
 
         assert plane.allocate_slot() == slot
         runner.run(plane.attach(slot, target, STATIC, Direction.WORKLOAD, "two"))
@@ -100,6 +106,12 @@ def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
         assert plane.counters(slot).packets[Reason.DEFAULT_DROP] == 3
         runner.run(plane.detach(slot, target, "two"))
         runner.run(plane.close(detach=False))
+
+
+async def _settled(plane: DataPlane) -> None:
+    """Wait until what is done in the background is done."""
+    while plane._tasks:
+        await asyncio.wait(list(plane._tasks))
 
 
 EMPTY_ALLOWLIST = apply(
@@ -164,6 +176,17 @@ def test_a_slot_freed_twice_is_not_given_to_two(topology: Topology, directory: P
         plane.free_slot(slot)
         assert plane.allocate_slot() == slot
         assert plane.allocate_slot() != slot
+        runner.run(plane.close(detach=False))
+
+
+def test_slots_end_at_the_limit_of_attachments(topology: Topology, directory: Path) -> None:
+    with topology.host.inside(), asyncio.Runner() as runner:
+        plane = runner.run(_open_with(directory, None))
+        assert len({plane.allocate_slot() for _ in range(MAX_ATTACHMENTS)}) == MAX_ATTACHMENTS
+        with pytest.raises(ExhaustedError, match=f"{MAX_ATTACHMENTS} attachments are the limit of one daemon; detach"):
+            plane.allocate_slot()
+        plane.free_slot(7)
+        assert plane.allocate_slot() == 7
         runner.run(plane.close(detach=False))
 
 

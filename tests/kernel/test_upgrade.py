@@ -50,6 +50,8 @@ CHANGES = {
         ("    __u64 active;\n", "    __u64 extra;\n    __u64 active;\n"),
         ("RULES4 16777216", "RULES4 33554432"),
         ("RULES6 33554432", "RULES6 16777216"),
+        ("LEASES 67108864", "LEASES 134217728"),  # read in its old place, a slot with leases drops nothing
+        ("AUDIT 134217728", "AUDIT 67108864"),
         ("NF_SLOTS 2048", "NF_SLOTS 2000"),
     ],
     "bpf/reasons.h": [("REASON_ALLOW_RULE 1", "REASON_ALLOW_RULE 2"), ("REASON_LEASE 2", "REASON_LEASE 1")],

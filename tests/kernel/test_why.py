@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from harness.agent import Agent
 from harness.daemon import Attached, Netfenced
+from harness.fence import packed
 from harness.packets import UDP4, UDP6
 from harness.topology import METADATA4, Topology, Workload
 from harness.unbound import Unbound
 from netfence.api.client import DaemonClient
 from netfence.api.explain_render import explanation_document
+from netfence.dataplane.layout import Layout
+from netfence.dataplane.leases import kernel_address
+from netfence.dataplane.maps import Map, u32
+from netfence.dataplane.slotword import SlotWord
 
 pytestmark = pytest.mark.userspace
 
@@ -127,6 +133,34 @@ def test_addresses(daemon: Netfenced, topology: Topology, workload: Workload, fe
         assert told["remedies"] == remedies
         if ":" not in address:
             assert topology.arrived(workload, UDP4, address) == (3 if expected[0] == "pass" else 0)
+
+
+def take_away(daemon: Netfenced, attached: Attached, rule: str, lease: str) -> None:
+    """Delete the rule and the lease of two addresses from the kernel's tables; the daemon is told nothing."""
+    layout = Layout.load(next((daemon.directory / "data").glob("layout-*.json")))
+    maps, slot = next(daemon.pins.glob("maps-*")), daemon.slot(attached.id)
+    with closing(Map.pinned(maps / "leases")) as leases:
+        assert leases.delete(layout.packer("lease_key", "slot", "address").pack(slot, kernel_address(packed(lease))))
+    with closing(Map.pinned(maps / "config")) as config, closing(Map.pinned(maps / "rules4")) as rules:
+        active = layout.packer("config", "active")
+        word = config.lookup(u32(slot))
+        assert word is not None
+        index = SlotWord.decode(active.unpack(word[: active.size])[0], layout).index
+        with closing(rules.inner(u32(index)) or rules) as trie:
+            assert trie.delete(u32(32) + packed(rule))
+
+
+def test_it_reads_the_kernels_tables_and_not_the_daemons_books(
+    daemon: Netfenced, topology: Topology, workload: Workload, agent: Agent, fenced: Attached
+) -> None:
+    """What somebody took away behind the daemon's back is told as packets meet it."""
+    agent.query(fenced.dns, "good.test")
+    assert verdicts(why(daemon, fenced, OPEN4)) == {OPEN4: ("pass", "allow_rule")}
+    assert verdicts(why(daemon, fenced, GOOD4)) == {GOOD4: ("pass", "lease")}
+    take_away(daemon, fenced, OPEN4, GOOD4)
+    for address in (OPEN4, GOOD4):
+        assert verdicts(why(daemon, fenced, address)) == {address: ("drop", "default_drop")}
+        assert topology.arrived(workload, UDP4, address) == 0
 
 
 @pytest.mark.parametrize("subject", [DENIED4, EDGE4, METADATA4, INSIDE4])

@@ -476,6 +476,18 @@ def test_every_command_of_this_stage_is_there() -> None:
     }
 
 
+LONG_RUNNING = {"start"}  # serves, and logs as JSON where it is no terminal
+
+
+@pytest.mark.parametrize("path", [path for path in _commands(cli) if path[0] not in LONG_RUNNING], ids=" ".join)
+def test_every_command_has_json(path: tuple[str, ...]) -> None:
+    command: click.Command = cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    assert "--json" in {name for parameter in command.params for name in parameter.opts}
+
+
 def test_version_and_start_up_are_quick(daemon: Background) -> None:
     def best_of(tries: int, *args: str | Path) -> float:
         times = []
@@ -511,7 +523,8 @@ def test_shell_completion(daemon: Background) -> None:
     daemon.port.views = many(2)
     assert _complete("netfenced att") == ["attach"]
     assert "lo" in _complete("netfenced attach -i l")
-    assert _complete("netfenced detach --id id", NETFENCE_SOCKET=daemon.path) == ["id-0000", "id-0001"]
+    for command in ("detach", "why", "suggest", "watch"):
+        assert _complete(f"netfenced {command} --id id", NETFENCE_SOCKET=daemon.path) == ["id-0000", "id-0001"]
     assert _complete("netfenced detach --id id", NETFENCE_SOCKET="/nonexistent") == []
 
 

@@ -85,6 +85,30 @@ def test_before_the_first_policy_it_says_what_is_awaited() -> None:
     assert found.remedies == ("have the control plane send the first policy; until then start_mode holds",)
 
 
+def test_the_chain_goes_from_the_name_to_the_verdict_link_by_link() -> None:
+    rules = policy(allow=["a.test"])
+    verdict = judge(rules, "a.test", ())
+    chain = ("b.test", "c.test")
+    looked = [
+        Looked("A", verdict, "upstream", "NOERROR", chain, (B,), ttl_s=60),
+        Looked("AAAA", verdict, "cache", "NXDOMAIN"),
+    ]
+    leased = Judged(Reason.LEASE, False, Mode.ALLOWLIST, False, NO_RULE, 90.0)
+    found = told(rules, "a.test", looked=looked, judged=leased)
+    assert found.steps == (
+        ("mode", ROW.name, "packets allowlist, names allowlist"),
+        ("name", "a.test", "rule: allow a.test"),
+        ("cname", "b.test", "A of a.test leads to it"),
+        ("cname", "c.test", "A of a.test leads to it"),
+        ("answer", "a.test", "A: 8.8.4.4; from upstream, TTL 60 s"),
+        ("answer", "a.test", "AAAA: NXDOMAIN; from cache"),
+        ("address", "8.8.4.4", "global"),
+        ("rule", "8.8.4.4", "no CIDR rule covers it"),
+        ("lease", "8.8.4.4", "live for 1 m 30 s more, opened by a.test"),
+    )
+    assert [(one.address, one.verdict, one.reason) for one in found.addresses] == [("8.8.4.4", "pass", "lease")]
+
+
 def test_a_control_plane_that_is_away_is_the_reason() -> None:
     blocked = Judged(Reason.BLOCK_ALL, False, Mode.BLOCK_ALL, False, None, None)
     found = told(policy(mode=Mode.BLOCK_ALL), "8.8.4.4", judged=blocked, stale=True)

@@ -290,6 +290,24 @@ def test_attach_and_detach(tmp_path: Path) -> None:
     on_bench(tmp_path, work)
 
 
+def test_an_attach_is_stored_before_anything_of_it_is_hooked(tmp_path: Path) -> None:
+    """Whatever it is cut short by, the next start finds a row for what it finds in the kernel."""
+
+    async def work(bench: Bench) -> None:
+        attach = bench.plane.attach
+        stored: list[tuple[str, str | None]] = []
+
+        async def look(slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> str:
+            stored.extend((row.id, row.policy) for row in await bench.store.load())
+            return await attach(slot, target, static, direction, name)
+
+        bench.plane.attach = look  # type: ignore[method-assign]
+        live = await bench.attach()
+        assert stored == [(live.row.id, None)]
+
+    on_bench(tmp_path, work)
+
+
 @pytest.mark.parametrize("how", ["hung-up", "gone", "command-failed"])
 def test_an_attach_that_rolls_back_is_ended_by_nobody_else(tmp_path: Path, how: str) -> None:
     """Its first policy is in force already; the end of the same target comes while it is being rolled back."""

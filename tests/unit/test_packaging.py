@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from netfence.config import Config
 from netfence.control.policyfile import load_policy_file
@@ -48,6 +53,27 @@ def test_what_is_packed_is_what_is_asked_for() -> None:
     blocks = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
     assert len(blocks) == len(pinned)
     assert all("--hash=sha256:" in block for block in blocks)
+
+
+def imported() -> Iterator[str]:
+    """Yield the modules that netfence's own import, by the names at their top."""
+    for path in (ROOT / "src/netfence").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (each.name.partition(".")[0] for each in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.partition(".")[0]
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    """Where somebody installs the wheel with pip there is nothing else. bcc is the distribution's package."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {canonicalize_name(Requirement(line).name) for line in asked}
+    providers = packages_distributions()
+    others = set(imported()) - set(sys.stdlib_module_names) - {"netfence", "bcc"}
+    assert len(others) > 10
+    missing = {module for module in others if names.isdisjoint(map(canonicalize_name, providers[module]))}
+    assert missing == set()
 
 
 def test_the_example_of_a_policy_is_good() -> None:

@@ -44,6 +44,12 @@ def test_it_is_as_closed_as_it_was() -> None:
     assert "Overall exposure level" in analyze("security", "--offline=true", f"--threshold={threshold}", str(UNIT))
 
 
+def test_systemd_waits_for_what_the_daemon_says_and_starts_it_again() -> None:
+    assert (values("Type"), values("NotifyAccess")) == (["notify"], ["main"])
+    assert 0 < int(values("WatchdogSec")[0]) <= 60  # test_a_life_under_systemd has a shorter one
+    assert (values("WatchdogSignal"), values("Restart")) == (["SIGABRT"], ["always"])
+
+
 def test_its_capabilities_are_what_the_daemon_asks_for() -> None:
     (told,) = values("CapabilityBoundingSet")
     assert set(told.split()) == {*probe.ALWAYS_NEEDED, "CAP_NET_BIND_SERVICE"}

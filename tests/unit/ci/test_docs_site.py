@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import click
 import pytest
+import yaml
 
 import docs_reference
 from netfence.cli import cli
@@ -28,6 +29,34 @@ LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 # A browser follows these by itself; a link in the text waits for the reader.
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
 LINKED = {"canonical", "next", "prev", "alternate"}  # kinds of <link> that load nothing
+
+# What each guide is there for, by its headings; what is called otherwise one day is called so here too.
+CHAPTERS = {
+    "quick-start.md": ("1. Get it", "3. Say what it may reach", "6. See it drop", "7. Watch it, and ask why"),
+    "install.md": ("Debian package", "pip", "Container", "Upgrade", "Uninstall"),
+    "concepts.md": ("The parts", "Modes", "Leases", "Start mode", "When the daemon dies"),
+    "policy.md": (
+        "The file",
+        "From audit to allowlist",
+        "Recipe: a CI runner",
+        "Recipe: an AI agent in a Firecracker tap",
+        "Recipe: a Docker container by its cgroup",
+        "Recipe: a Kubernetes node",
+    ),
+    "recipes.md": ("A VM behind a tap", "A container, fenced by its cgroup", "A container, fenced by its veth"),
+    "control-plane.md": ("An afternoon with the kit", "Without code", "Without the kit"),
+    "operations.md": ("Under systemd", "Upgrade", "Crash", "Limits", "Why is something dropped?", "Stop for good"),
+    "security-model.md": ("Who is who", "What is promised", "What always passes"),
+}
+UNDEFENDED = {
+    "raw packets": "AF_PACKET and AF_XDP senders",
+    "shared addresses": "can speak to every name served there",
+    "grace of old connections": "TCP packets without SYN keep passing to an address whose lease ran out",
+    "tunnels in DNS": "the labels below an allowed",
+    "other ways out": "devices passed through to the workload",
+    "root": "can detach, unpin or replace anything",
+}
+MEASURED = ("Packets", "XDP", "DNS", "Start, restart, memory", "Watching and metrics")  # chapters of performance.md
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +178,42 @@ def test_every_decision_is_in_the_index(site: Path) -> None:
     files = [path.stem for path in (DOCS / "decisions").glob("0*.md")]
     assert len(files) > 10
     assert [name for name in files if f"{name}.html" not in page] == []
+
+
+def chapter(page: str, title: str) -> str:
+    """Return what stands under a heading, up to the next of its level; empty where there is none of that name."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize(("page", "title"), [(page, title) for page, titles in CHAPTERS.items() for title in titles])
+def test_the_guides_tell_what_they_are_there_for(page: str, title: str) -> None:
+    assert len(chapter(page, title).split()) > 25
+
+
+@pytest.mark.parametrize("words", UNDEFENDED.values(), ids=UNDEFENDED)
+def test_what_is_not_defended_is_said(words: str) -> None:
+    text = chapter("security-model.md", "What is not promised, and what to do about it")
+    points = re.split(r"^- \*\*", text, flags=re.MULTILINE)
+    said = [point for point in points if words.lower() in " ".join(point.split()).lower()]
+    assert len(said) == 1
+    assert len(said[0].split()) > 15
+
+
+@pytest.mark.parametrize("title", MEASURED)
+def test_performance_is_told_in_figures(title: str) -> None:
+    rows = re.findall(r"^\|[^|]+\|.*\d.*\|$", chapter("performance.md", title), re.MULTILINE)
+    assert rows
+
+
+def test_the_build_lets_no_warning_pass() -> None:
+    """Also where mkdocs is called without --strict; of these faults it would not even warn by itself."""
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["strict"] is True
+    kinds = settings["validation"]
+    assert {level for faults in kinds.values() for level in faults.values()} == {"warn"}
+    assert set(kinds["nav"]) >= {"omitted_files", "not_found"}
+    assert set(kinds["links"]) >= {"not_found", "anchors", "unrecognized_links"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -40,6 +40,10 @@ def leaves(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]
             yield f"{path} {name}", command
 
 
+def test_it_is_of_section_8(shown: str) -> None:
+    assert shown.split(maxsplit=1)[0] == "NETFENCED(8)"
+
+
 def test_mandoc_finds_nothing(page: Path) -> None:
     done = subprocess.run(["mandoc", "-T", "lint", str(page)], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("", 0)

@@ -76,7 +76,9 @@ def on_bench(
             return
         task = asyncio.ensure_future(bench.control.run(bench.host))
         try:
-            await asyncio.sleep(0.05)  # its own first look; later looks find nothing changed
+            await asyncio.sleep(0)  # it begins its own first look
+            async with bench.control._reloading:
+                """The first look is over; later ones find nothing changed."""
             await work(bench)
             assert not task.done()
         finally:
