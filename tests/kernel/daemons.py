@@ -10,10 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from harness.daemon import Netfenced
-from harness.deadline import wait_for
 from harness.spawn import spawn
 from harness.topology import Topology
 
@@ -44,13 +41,6 @@ class Fenced(Netfenced):
         command = [sys.executable, "-c", WITHOUT_TCX, "start", "--config", str(self.config_file)]
         with self.log_file.open("ab") as log:
             self._process = spawn(command, netns=self.netns, cgroup=self._cgroup, env=env, stdout=log, stderr=log)
-
-    def set_policy(self, policy: Mapping[str, Any]) -> None:
-        """Replace the policy file and wait until it has been read and is in force, also with nothing attached."""
-        known = len(self.events("policy_file_loaded"))
-        self.write_policy(yaml.safe_dump(dict(policy)))
-        wait_for(lambda: len(self.events("policy_file_loaded")) > known, "the policy file to be read")
-        wait_for(self.policy_in_force, "the policy file to be in force")
 
     def leftovers(self) -> dict[str, Any]:
         """Tell what is left; of interfaces only the daemon's own counts, the test may have added others."""

@@ -68,12 +68,12 @@ def test_the_next_daemon_empties_no_table_in_force(topology: Topology, directory
 
         runner.run(second.detach(slot, target, "one"))
         assert topology.arrived(workload, UDP4, DENIED) == 3
-        runner.run(second.close(detach=tcx is None))
+        runner.run(second.close(detach=False))
     assert not any((directory / "bpf").rglob("links/*"))
 
 
 async def _open_with(directory: Path, tcx: bool | None) -> DataPlane:
-    """Open one; tests close it without `detach`, which would take the programs off the shelf (warm.py) as well."""
+    """Open one; but for one, tests close it without `detach`, which would take the programs off the shelf (warm.py)."""
     pins = directory / "bpf" / warm.PINS
     return await DataPlane.open(pins, directory / "data", Mode.BLOCK_ALL, max_leases_total=MAX_LEASES, tcx=tcx)
 
@@ -202,3 +202,19 @@ def test_a_slot_lets_go_only_of_its_own_interface(topology: Topology, directory:
         _holds(topology, workload)
         runner.run(plane.detach(slot, target, "one"))
         runner.run(plane.close(detach=False))
+
+
+def test_one_that_detaches_leaves_nothing(topology: Topology, directory: Path) -> None:
+    """The last here: whoever comes behind it has to compile."""
+    workload = topology.add_veth()
+    with topology.host.inside(), asyncio.Runner() as runner:
+        plane = runner.run(_open_with(directory, None))
+        target = resolve_interface(workload.host_if)
+        slot = plane.allocate_slot()
+        runner.run(plane.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(plane.apply(slot, POLICY, None))
+        _holds(topology, workload)
+        runner.run(plane.detach(slot, target, "one"))
+        runner.run(plane.close(detach=True))
+    assert topology.arrived(workload, UDP4, DENIED) == 3
+    assert list((directory / "bpf" / warm.PINS).rglob("*")) == []

@@ -44,7 +44,7 @@ def _policy(rules: int) -> Mapping[str, object]:
 
 def _daemon(topology: Topology, directory: Path) -> Netfenced:
     """Return one for a round: an allocator that has given back nothing of an earlier round would hide the next."""
-    return Netfenced(topology.host, directory, policy=_policy(FEW_RULES), config={"log_level": "warning"})
+    return Netfenced(topology.host, directory, policy=_policy(FEW_RULES), config={"log_level": "info"})
 
 
 def _cost(daemon: Netfenced) -> Cost:

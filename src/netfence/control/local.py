@@ -106,7 +106,8 @@ class LocalControl(_OnThisHost):
             self._file = self._merged(file)
             _warn(file)
             changed, failed = await self._update_all()
-            log.info("policy_file_loaded", file=str(path), rules=len(file.rules), updated=changed, failed=failed)
+            counts = {"rules": len(file.rules), "updated": changed, "failed": failed}
+            log.info("policy_file_loaded", file=str(path), digest=file.digest, **counts)
 
     async def subscribe(self, view: AttachmentView) -> FirstPolicy:
         """Return the policy of the first matching rule."""

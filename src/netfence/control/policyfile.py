@@ -16,7 +16,7 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from netfence.control.port import AttachmentView
@@ -72,12 +72,16 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class PolicyFile:
-    """A valid policy file. `warnings` are findings that do not make it invalid, in the form of the errors."""
+    """A valid policy file. `warnings` are findings that do not make it invalid, in the form of the errors.
+
+    `digest` is the begin of the SHA-256 of its octets: which content it was.
+    """
 
     path: Path
     rules: tuple[Rule, ...] = ()
     default: Rule | None = None
     warnings: tuple[str, ...] = ()
+    digest: str = ""
 
     def decide(self, view: AttachmentView) -> Rule:
         """Return the first rule that matches, else `default`, else block_all (semantics.md 27)."""
@@ -108,7 +112,12 @@ def parse_policy_file(data: bytes, path: Path) -> PolicyFile:
     found = reader.file(tree, path)
     if reader.faults:
         raise InvalidError([text for _, text in sorted(reader.faults, key=lambda fault: fault[0])])
-    return found
+    return replace(found, digest=digest_of(data))
+
+
+def digest_of(data: bytes) -> str:
+    """Return the digest of a policy file's octets, 16 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ from harness.spawn import spawn, stop
 from netfence.api.client import DaemonClient, RefusedError, UnreachableError
 from netfence.api.views import AttachSpec, DirectionWish, HookWish
 from netfence.config import Dns
-from netfence.control.policyfile import load_policy_file
+from netfence.control.policyfile import digest_of, load_policy_file
 from netfence.control.port import AttachmentView
 from netfence.dataplane.compile import map_specs
 from netfence.dataplane.counters import CounterMap, Counters
@@ -295,9 +295,16 @@ class Netfenced:
     # -- policy ----------------------------------------------------------------------------------------------------
 
     def set_policy(self, policy: Mapping[str, Any]) -> None:
-        """Replace the policy file and wait until every attachment has what it now says."""
-        self.write_policy(yaml.safe_dump(dict(policy)))
+        """Replace the policy file and wait until it is in force, also for what is not attached yet."""
+        text = yaml.safe_dump(dict(policy))
+        digest = digest_of(text.encode())
+        self.write_policy(text)
+        wait_for(lambda: self._policy_read() == digest, "the new policy file to be read")
         wait_for(self.policy_in_force, "the new policy file to be in force")
+
+    def _policy_read(self) -> str:
+        told = self.events("policy_file_loaded")
+        return str(told[-1]["digest"]) if told else ""
 
     def write_policy(self, text: str) -> None:
         """Replace the policy file at once, as a careful operator does; do not wait."""
