@@ -129,9 +129,10 @@ def _compile_for_tests(plane: DataPlane, pin: Path, layout: Path) -> None:
     pins = plane._bpffs_dir / "testing"
     pins.mkdir()
     (maps,) = plane._bpffs_dir.glob("maps-*")
-    job = child.Job(str(loader.bpf_sources()), str(maps), str(pins), str(layout), MAX_LEASES, SLOT)
+    name = "nf_cgroup_egress"
+    job = child.Job(str(loader.bpf_sources()), str(maps), str(pins), str(layout), MAX_LEASES, SLOT, programs=[name])
     subprocess.run([sys.executable, "-m", child.__name__, json.dumps(dataclasses.asdict(job))], check=True)
-    (pins / "nf_cgroup_egress").rename(pin)
+    (pins / name).rename(pin)
     pins.rmdir()
 
 

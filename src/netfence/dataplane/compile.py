@@ -14,6 +14,7 @@ import platform
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ PROGRAMS: dict[str, tuple[int, int]] = {
 class Job:
     """What the child is asked to do; travels as JSON in its argument.
 
-    `test_slot` is the slot by which the one program judges that cannot be told it in a test run, and which alone is
-    loaded then.
+    For tests: `test_slot` is the slot by which cgroup programs judge, which cannot be told it in a test run; `programs`
+    are those loaded, all where there are none.
     """
 
     sources: str
@@ -58,6 +59,7 @@ class Job:
     layout_file: str
     max_leases: int
     test_slot: int | None = None
+    programs: Sequence[str] = ()
     parent: int = 0  # process id: the job is not done without it
 
 
@@ -173,8 +175,7 @@ def run(job: Job) -> None:
     if job.test_slot is not None:
         flags.append(f"-DTEST_SLOT={job.test_slot}")
     module = BPF(text=(sources / "netfence.bpf.c").read_text(encoding="utf-8"), cflags=flags)
-    wanted = PROGRAMS if job.test_slot is None else ("nf_cgroup_egress",)
-    for name in wanted:
+    for name in job.programs or PROGRAMS:
         kind, attach_type = PROGRAMS[name]
         function = module.load_func(name, kind, attach_type=attach_type)
         pin = Path(job.programs_dir) / name
