@@ -170,7 +170,7 @@ def test_a_target_that_goes_while_the_disk_is_full(bench_on: Callable[..., Bench
         assert "disk is full" in bench.daemon.wait_event("target_not_cleaned_up")["error"]
         assert bench.daemon.alive
     wait_for(lambda: not bench.daemon.attachments(), "the attachment of a target that is gone to end", RECOVERY_S)
-    assert bench.stored() == bench.daemon.link_pins() == []
+    wait_for(lambda: bench.stored() == bench.daemon.link_pins() == [], "nothing to be left of it")
     bench.daemon.detach(bench.attach_other().id)
 
 
