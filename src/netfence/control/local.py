@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from netfence.control.filewatch import FileWatch
+from netfence.control.filewatch import FileWatch, Signature, signature
 from netfence.control.policyfile import PolicyFile, Rule, load_policy_file
 from netfence.control.port import (
     AttachmentView,
@@ -64,7 +64,8 @@ class LocalControl(_OnThisHost):
         self._file = file
         self._given: dict[str, _Given] = {}
         self._host: PolicyHost | None = None
-        self._reloading = asyncio.Lock()
+        self._reloading, self._reading = asyncio.Lock(), asyncio.Lock()
+        self._seen: Signature = signature(file.path)  # when it was last read
         _warn(file)
 
     @property
@@ -97,20 +98,31 @@ class LocalControl(_OnThisHost):
     async def reload(self) -> None:
         """Read the file again and bring every attachment whose rule changed up to it; errors are logged."""
         async with self._reloading:
+            if not await self._read():
+                return
+            file = self._file
+            changed, failed = await self._update_all()
+            counts = {"rules": len(file.rules), "updated": changed, "failed": failed}
+            log.info("policy_file_loaded", file=str(file.path), digest=file.digest, **counts)
+
+    async def _read(self) -> bool:
+        """Read the file again; False when it has errors, which are logged."""
+        async with self._reading:
             path = self._file.path
+            self._seen = signature(path)
             try:
                 file = await asyncio.to_thread(load_policy_file, path)
             except InvalidError as error:
                 _report(path, error.errors)
-                return
+                return False
             self._file = self._merged(file)
             _warn(file)
-            changed, failed = await self._update_all()
-            counts = {"rules": len(file.rules), "updated": changed, "failed": failed}
-            log.info("policy_file_loaded", file=str(path), digest=file.digest, **counts)
+            return True
 
     async def subscribe(self, view: AttachmentView) -> FirstPolicy:
-        """Return the policy of the first matching rule."""
+        """Return the policy of the first matching rule of the file as it is now."""
+        if signature(self._file.path) != self._seen:  # a moment ago, which `run` waits for to pass
+            await self._read()
         rule = self._file.decide(view)
         self._given[view.id] = _Given(view, rule.version)
         return FirstPolicy(rule.update, rule.version)

@@ -110,6 +110,24 @@ def test_the_port_tells_who_decides(tmp_path: Path) -> None:
     on_bench(tmp_path / "p.yaml", work)
 
 
+def test_who_comes_right_behind_an_edit_gets_what_it_says(tmp_path: Path) -> None:
+    """Not what it said before, until the watch has waited for the writer to be done."""
+
+    async def work(bench: Bench) -> None:
+        await bench.control.subscribe(VETH)
+        bench.path.write_text(TAP_CHANGED)
+        first = await bench.control.subscribe(TAP)
+        assert first.update.mode == Mode.DISABLED
+        bench.path.write_text("default: {mode: neither}")
+        assert await bench.control.subscribe(TAP) == first
+        assert bench.host.told == []  # the others hear of it by the watch
+        step = bench.control.subscribe(TAP)  # what has errors is not read once more for each who comes
+        with pytest.raises(StopIteration):
+            step.send(None)
+
+    on_bench(tmp_path / "p.yaml", work, running=False)
+
+
 def test_subscribe_does_not_suspend(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         step = bench.control.subscribe(VETH)
