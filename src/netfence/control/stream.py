@@ -27,9 +27,6 @@ SYNC_ACK_S: Final = 20.0
 WRITE_S: Final = 60.0
 """How long one event may wait for a peer that does not read: it is of no use to us, and we count it as away."""
 
-READ_S: Final = 1.0
-"""How long what came before the end may still be read: a read that waits may never hear of the end (grpcio 1.85)."""
-
 CONNECT: Final = "/netfence.v1.ControlPlane/Connect"
 HEALTH: Final = "/grpc.health.v1.Health/Check"
 
@@ -100,7 +97,6 @@ class Stream:
                 "write": self._write(),
                 "sync": self._await_sync(),
                 "close": self._closing.wait(),
-                "end": self._await_end(),
             }.items()
         }
         try:
@@ -142,11 +138,6 @@ class Stream:
         except grpc.aio.AioRpcError as error:
             raise EndedError(f"cannot connect: {error.details()}") from None
         raise EndedError("cannot connect")
-
-    async def _await_end(self) -> None:
-        """Return when the call has its status, and a moment for the rest to be read has passed."""
-        await self._call.code()
-        await asyncio.sleep(READ_S)
 
     async def _write(self) -> None:
         await self._write_one(self._owner.sync_message())

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -114,44 +113,6 @@ def test_the_sync_request_is_first_and_events_follow_without_waiting_for_the_ack
         await until(lambda: bench.stream.synced)
         assert bench.owner.syncs == 1
         await asyncio.wait_for(bench.outbox.emptied(), 1)
-
-    on_bench(tmp_path, work)
-
-
-class Deaf:
-    """A call whose reads never hear of its end."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call, name)
-
-    async def read(self) -> Any:
-        data = await self._call.read()
-        return data if data is not grpc.aio.EOF else await asyncio.Event().wait()
-
-
-class DeafChannel:
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
-
-    def stream_stream(self, *args: Any, **more: Any) -> Any:
-        make = self._channel.stream_stream(*args, **more)
-        return lambda **how: Deaf(make(**how))
-
-
-def test_an_end_that_no_read_hears_of_is_noticed(tmp_path: Path) -> None:
-    async def work(bench: Bench) -> None:
-        bench.stream._channel = DeafChannel(bench.channel)
-        bench.run()
-        connection = await bench.peer.connection()
-        await until(lambda: bench.stream.synced)
-        connection.end()
-        assert str(await bench.ended()) == "it ended the stream"
 
     on_bench(tmp_path, work)
 
