@@ -51,6 +51,12 @@ async def looked(one: World, name: str) -> dict[str, Looked]:
     return {found.qtype: found for found in await one.server.trace(name)}
 
 
+def counted(one: World) -> tuple[object, ...]:
+    """Return what a query would change, as it is now."""
+    gate = one.gate
+    return list(gate.learned), dict(gate.counts), list(gate.audits), len(one.cache), one.server.counts.hits
+
+
 def expected(reply: DNSRecord) -> list[bytes]:
     return sorted(packed(*addresses(reply)))
 
@@ -64,22 +70,10 @@ def test_it_tells_what_a_client_gets(rules: Policy, cached: bool) -> None:
                 if cached:
                     await one.ask(name, "A")
                     await one.ask(name, "AAAA", do=True)
-                gate, seen = one.gate, len(one.upstream.seen)
-                state = (
-                    list(gate.learned),
-                    dict(gate.counts),
-                    list(gate.audits),
-                    len(one.cache),
-                    one.server.counts.hits,
-                )
+                seen = len(one.upstream.seen)
+                state = counted(one)
                 told = await looked(one, name)
-                after = (
-                    list(gate.learned),
-                    dict(gate.counts),
-                    list(gate.audits),
-                    len(one.cache),
-                    one.server.counts.hits,
-                )
+                after = counted(one)
                 assert state == after
                 for qtype, found in told.items():
                     reply = await one.ask(name, qtype)
