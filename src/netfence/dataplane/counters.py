@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from netfence.dataplane.layout import Layout
-from netfence.dataplane.maps import Map, possible_cpus
+from netfence.dataplane.maps import Map, possible_cpus, u32
 from netfence.policy.modes import FIRST_DROP, REASON_COUNT
 
 
@@ -59,7 +58,7 @@ class CounterMap:
         return sum(words[at + self._lost] for at in range(0, len(words), 2 * self._words))
 
     def _lookup(self, slot: int) -> bytes:
-        raw = self._map.lookup(slot.to_bytes(4, sys.byteorder))
+        raw = self._map.lookup(u32(slot))
         if raw is None:
             message = f"slot {slot} has no counters"
             raise LookupError(message)
@@ -67,4 +66,4 @@ class CounterMap:
 
     def clear(self, slot: int) -> None:
         """Set all to zero, for the next attachment of this slot."""
-        self._map.update(slot.to_bytes(4, sys.byteorder), bytes(self._words * 8 * possible_cpus()))
+        self._map.update(u32(slot), bytes(self._words * 8 * possible_cpus()))

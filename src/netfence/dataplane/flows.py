@@ -8,14 +8,13 @@ business. Addresses are the kernel's 16 bytes, IPv4 as ::ffff:a.b.c.d, all zero 
 from __future__ import annotations
 
 import mmap
-import sys
 import threading
 from typing import NamedTuple
 
 from netfence.dataplane.clock import Clock
 from netfence.dataplane.config import network_port
 from netfence.dataplane.layout import Layout
-from netfence.dataplane.maps import Map
+from netfence.dataplane.maps import Map, u32
 from netfence.dataplane.shares import Shares
 
 AT_ONCE = 512
@@ -146,5 +145,5 @@ class SeenMap:
     def _keys(self, slot: int) -> list[bytes]:
         if not self._shares.of(slot):  # most were never audited, and a walk may be long
             return []
-        prefix = slot.to_bytes(4, sys.byteorder)
+        prefix = u32(slot)
         return [key for key in self._map.keys() if key.startswith(prefix)]  # noqa: SIM118 - a Map is no dict

@@ -7,14 +7,13 @@ Owns the `leases` and `inbound` maps. `open` and `close` run on the event loop a
 from __future__ import annotations
 
 import errno
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 
 from netfence.dataplane.clock import Clock
 from netfence.dataplane.failure import explain
 from netfence.dataplane.layout import Layout
-from netfence.dataplane.maps import Map
+from netfence.dataplane.maps import Map, u32
 from netfence.dataplane.shares import Shares
 from netfence.errors import ExhaustedError
 
@@ -109,7 +108,7 @@ class LeaseMap:
 
     def clear(self, slot: int) -> None:
         """Remove every lease of a slot; walks the whole map."""
-        prefix = slot.to_bytes(4, sys.byteorder)
+        prefix = u32(slot)
         gone = [key for key in self._map.keys() if key.startswith(prefix)]  # noqa: SIM118 - a Map is no dict
         for key in gone:
             self._map.delete(key)
