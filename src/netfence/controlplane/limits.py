@@ -65,6 +65,9 @@ OLDEST_RESULT: Final = 3
 FIRST_EVENT_S: Final = 10.0
 """How long a stream may stay without its SyncRequest."""
 
+LAST_WRITE_S: Final = 1.0
+"""How long a write that is under way may take before its stream is ended all the same."""
+
 SWEEP_S: Final = 1.0
 """How often stuck and forgotten daemons are looked for: times above are kept to this."""
 

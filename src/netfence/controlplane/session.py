@@ -25,6 +25,7 @@ from netfence.controlplane.limits import (
     FIRST_EVENT_S,
     LARGE_BYTES,
     LARGE_HOLD_S,
+    LAST_WRITE_S,
     OLDEST_RESULT,
     Limits,
 )
@@ -62,6 +63,7 @@ class Session:
         self._in_flight: dict[str, tuple[Entry, float]] = {}  # by nonce, the oldest first, with the time of sending
         self._progress = time.monotonic()  # of the last result, or of the first command that awaits one
         self._writing_since: float | None = None
+        self._over = False  # nothing more is written
         self._ending: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._budget = limits.events_per_s * BURST_S
         self._budget_at = self._progress
@@ -125,6 +127,9 @@ class Session:
             ]
             either: list[asyncio.Future[Any]] = [*tasks, self._ending]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            self._over = True
+            if self._writing_since is not None:  # gRPC loses a status that is sent while a write is under way
+                await asyncio.wait({tasks[-1]}, timeout=LAST_WRITE_S)
         finally:
             for task in tasks:
                 task.cancel()
@@ -188,11 +193,11 @@ class Session:
 
     async def _write(self) -> None:
         """Send what is due, as far as the window has room."""
-        await self._context.write(SYNC_ACK)
-        while True:
+        await self._put(SYNC_ACK)
+        while not self._over:
             await self._wake.wait()
             self._wake.clear()
-            while line := self._line():
+            while not self._over and (line := self._line()):
                 entry = next(iter(line))
                 del line[entry]
                 await self._send(entry)
@@ -215,14 +220,14 @@ class Session:
         if command is None:
             return
         if len(command) < LARGE_BYTES:
-            await self._put(command, nonce, entry)
+            await self._put_command(command, nonce, entry)
         else:
             await self._put_large(command, nonce, entry)
 
     async def _put_large(self, command: bytes, nonce: str, entry: Entry) -> None:
         """Send among the few that may; one whose daemon does not read goes on without holding a place."""
         async with self._large:
-            writing = asyncio.create_task(self._put(command, nonce, entry), name="write a large command")
+            writing = asyncio.create_task(self._put_command(command, nonce, entry), name="write a large command")
             try:
                 await asyncio.wait({writing}, timeout=LARGE_HOLD_S)
             except asyncio.CancelledError:
@@ -230,13 +235,16 @@ class Session:
                 raise
         await writing
 
-    async def _put(self, command: bytes, nonce: str, entry: Entry) -> None:
-        now = time.monotonic()
+    async def _put_command(self, command: bytes, nonce: str, entry: Entry) -> None:
         if nonce:
+            now = time.monotonic()
             if not self._in_flight:
                 self._progress = now
             self._in_flight[nonce] = entry, now
-        self._writing_since = now
+        await self._put(command)
+
+    async def _put(self, command: bytes) -> None:
+        self._writing_since = time.monotonic()
         await self._context.write(command)
         self._writing_since = None
 

@@ -150,8 +150,9 @@ class Plane:
                 await stream.write(command)
             code, details = await stream.end
             how = f"ended {code}"
-            if code != "OK":
-                await context.abort(getattr(grpc.StatusCode, code), details)
+            async with stream.writing:  # gRPC loses a status that is sent while a write is under way
+                if code != "OK":
+                    await context.abort(getattr(grpc.StatusCode, code), details)
         finally:
             reader.cancel()
             del self._streams[number]

@@ -107,8 +107,9 @@ class Connection:
                 await until(lambda: self.events or not reads)
                 await self.send(SYNC_ACK)
             await asyncio.wait({self._ended, reading} if reads else {self._ended}, return_when=asyncio.FIRST_COMPLETED)
-            if self._ended.done() and (status := self._ended.result())[0] is not grpc.StatusCode.OK:
-                await self._context.abort(*status)
+            async with self._sending:  # gRPC loses a status that is sent while a write is under way
+                if self._ended.done() and (status := self._ended.result())[0] is not grpc.StatusCode.OK:
+                    await self._context.abort(*status)
         finally:
             self.over = True
             reading.cancel()

@@ -14,8 +14,10 @@ from netfence.controlplane import Limits, State
 from netfence.controlplane import session as session_module
 from netfence.controlplane.book import Book
 from netfence.controlplane.entry import Entry
+from netfence.controlplane.limits import LAST_WRITE_S
 from netfence.controlplane.session import Session
 from netfence.controlplane.views import daemon_of
+from netfence.errors import InvalidError
 from netfence.v1 import control_pb2
 
 
@@ -89,6 +91,54 @@ def test_taken_over_stream_neither_sends_nor_counts() -> None:
         assert await new is None
         assert [entry.policy_hash for entry in book.entries()] == [SHUT.hash] * 2
         assert {entry.status().state for entry in book.entries()} == {State.DISCONNECTED}
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["by us", "by the daemon", "by its mistake"])
+def test_stream_ends_behind_the_write_that_is_under_way(how: str) -> None:
+    """A status that is sent while a write is under way is lost by gRPC, and the daemon would sit on a dead stream."""
+
+    async def test() -> None:
+        book = Book(lambda _: None, Limits())
+        context = Context()
+        session = Session(context, book, Limits(), asyncio.Semaphore(1))
+        stream = asyncio.ensure_future(session.run(daemon_of(SYNC, "test"), SYNC))
+        await turns()
+        context.may_write.clear()
+        decide(book, OPEN)
+        await turns()  # the writer is in the middle of `a`, and `b` is next
+        if how == "by us":
+            session.end("UNAVAILABLE", "so says the test")
+        elif how == "by the daemon":
+            context.events.put_nowait(grpc.aio.EOF)
+        else:
+            context.events.put_nowait(control_pb2.DaemonEvent(sync=SYNC).SerializeToString())
+        await turns()
+        assert not stream.done()
+        context.may_write.set()
+        await asyncio.wait({stream}, timeout=LAST_WRITE_S / 2)
+        assert stream.done()
+        assert [command.id for command in context.written] == ["", "a"]
+        assert isinstance(stream.exception(), InvalidError if how == "by its mistake" else type(None))
+
+    run(test())
+
+
+def test_stream_ends_though_its_daemon_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "LAST_WRITE_S", 0.05)
+
+    async def test() -> None:
+        book = Book(lambda _: None, Limits())
+        context = Context()
+        context.may_write.clear()
+        session = Session(context, book, Limits(), asyncio.Semaphore(1))
+        stream = asyncio.ensure_future(session.run(daemon_of(SYNC, "test"), SYNC))
+        await turns()
+        session.end("DEADLINE_EXCEEDED", "so says the test")
+        ended = await asyncio.wait_for(stream, 5.0)
+        assert ended is not None
+        assert ended.code == "DEADLINE_EXCEEDED"
 
     run(test())
 
