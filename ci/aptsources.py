@@ -14,6 +14,8 @@ from pathlib import Path
 from infrastructure import InfrastructureError
 
 APT_CONFIGURATION = Path("/etc/apt")
+DEBIAN = "http://deb.debian.org"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")  # what is not signed by these keys is not taken
 
 # Names of Debian's own suites: other vendors use them too, so a source must also look like an archive of Debian.
 _SUITE = re.compile(
@@ -112,17 +114,20 @@ def configured(root: Path = APT_CONFIGURATION) -> list[Source]:
 
 
 def mirror_for(suite: str, sources: list[Source]) -> Source:
-    """Choose the machine's mirror that should have `suite`; raises InfrastructureError when there is none.
+    """Choose the machine's mirror that should have `suite`; Debian's own where the machine has none, as on Ubuntu.
 
     An archive that also has an `-updates` suite goes first: other vendors have suites called bookworm, but not those.
+    Raises InfrastructureError where nothing on this machine can tell whether an archive is Debian's.
     """
     security = suite.endswith("-security")
     fit = [source for source in sources if source.is_debian and source.is_security == security]
     updated = {uri for source in fit for uri in source.uris if any(name.endswith("-updates") for name in source.suites)}
     for source in sorted(fit, key=lambda source: updated.isdisjoint(source.uris)):
         return source
-    archive = "security archive" if security else "archive"
-    raise InfrastructureError(
-        f"find a mirror for {suite}: no source in {APT_CONFIGURATION} is Debian's {archive}; "
-        f"add one (any release will do) to {APT_CONFIGURATION}/sources.list.d, signed by debian-archive-keyring"
-    )
+    if not KEYRING.exists():
+        raise InfrastructureError(
+            f"find a mirror for {suite}: no source in {APT_CONFIGURATION} is Debian's, and without {KEYRING} nothing"
+            " else can be believed; run ci/bootstrap, or install debian-archive-keyring"
+        )
+    uri = f"{DEBIAN}/debian-security" if security else f"{DEBIAN}/debian"
+    return Source((uri,), (suite,), ("main",), (("Signed-By", str(KEYRING)),))

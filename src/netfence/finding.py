@@ -1,4 +1,4 @@
-"""Attachments that a caller named wrongly: what the caller may have meant.
+"""Attachments and interfaces that a caller named wrongly: what the caller may have meant.
 
 Ids are UUIDs, which people shorten and mistype, and confuse with the interface or cgroup that they belong to.
 """
@@ -6,6 +6,7 @@ Ids are UUIDs, which people shorten and mistype, and confuse with the interface 
 from __future__ import annotations
 
 import difflib
+import socket
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,7 +15,7 @@ from netfence.policy.limits import MAX_ERROR_TEXT
 from netfence.policy.prefix import shown
 
 CLOSE: Final = 0.8
-"""How alike two ids must be: random ones are half alike."""
+"""How alike two ids must be, or two interfaces' names: random ids are half alike."""
 
 
 def unknown(what: str, wanted: str, known: Iterable[tuple[str, str]]) -> NotFoundError:
@@ -28,6 +29,12 @@ def unknown(what: str, wanted: str, known: Iterable[tuple[str, str]]) -> NotFoun
     if len(near) == 1:
         return NotFoundError(f"{what}: no attachment {name}; did you mean {near[0]} ({targets[near[0]]})?")
     return NotFoundError(f"{what}: no attachment {name}; see `netfenced list`")
+
+
+def interface_hint(wanted: str) -> str:
+    """Return what helps who named an interface that this network namespace does not have."""
+    near = difflib.get_close_matches(wanted, [name for _, name in socket.if_nameindex()], n=2, cutoff=CLOSE)
+    return f"did you mean {near[0]!r}?" if len(near) == 1 else "see `ip link`"
 
 
 def _near(wanted: str, targets: dict[str, str]) -> list[str]:

@@ -40,7 +40,7 @@ from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
 from netfence.errors import ExistsError, InvalidError, NotFoundError, PreconditionError
-from netfence.finding import unknown
+from netfence.finding import interface_hint, unknown
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
 from netfence.policy.modes import Mode
@@ -483,7 +483,12 @@ def _name(target: Target) -> str:
 
 
 def _resolve(spec: AttachSpec) -> Target:
-    return resolve_interface(spec.interface) if spec.interface is not None else resolve_cgroup(str(spec.cgroup))
+    if spec.interface is None:
+        return resolve_cgroup(str(spec.cgroup))
+    try:
+        return resolve_interface(spec.interface)
+    except NotFoundError as error:
+        raise NotFoundError(f"{error}; {interface_hint(spec.interface)}") from error
 
 
 def _direction(target: Target, spec: AttachSpec) -> Direction | None:

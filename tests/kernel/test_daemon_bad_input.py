@@ -69,7 +69,8 @@ def refuses_to_start(daemon: Fenced, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["-i", "nowhere0"], 1, "attach to interface 'nowhere0': no such interface in this network namespace"),
+        (["-i", "nowhere0"], 1, "'nowhere0': no such interface in this network namespace; see `ip link`"),
+        (["-i", "vet0"], 1, "'vet0': no such interface in this network namespace; did you mean 'veth0'?"),
         (["-g", "/sys/fs/cgroup/nowhere"], 1, "attach to cgroup '/sys/fs/cgroup/nowhere': no such directory"),
         (["-g", "/tmp"], 1, "attach to cgroup '/tmp': not a cgroup"),
         (["-g", str(cgroup_root())], 1, "the root cgroup holds the whole host"),
@@ -87,8 +88,9 @@ def refuses_to_start(daemon: Fenced, **changes: Any) -> str:
         (["-i", "up0", "--direction", "sideways"], 2, "sideways"),
     ],
     ids=[
-        "interface", "cgroup", "no-cgroup", "root-cgroup", "loopback", "name", "neither", "both", "metadata",
-        "metadata-twice", "metadata-long", "xdp-host", "xdp-loopback", "xdp-default-route", "xdp-cgroup", "direction",
+        "interface", "interface-mistyped", "cgroup", "no-cgroup", "root-cgroup", "loopback", "name", "neither", "both",
+        "metadata", "metadata-twice", "metadata-long", "xdp-host", "xdp-loopback", "xdp-default-route", "xdp-cgroup",
+        "direction",
     ],
 )  # fmt: skip
 def test_attach(daemon: Fenced, workload: Workload, arguments: list[str], status: int, says: str) -> None:

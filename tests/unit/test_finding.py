@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from netfence.finding import unknown
+from netfence.finding import interface_hint, unknown
 
 FIRST, SECOND = "6f1c2a9e-1b2c-4d3e-8f90-a1b2c3d4e5f6", "6f99d0aa-7a7a-4b4b-9c9c-0d0d0d0d0d0d"
 KNOWN = [(FIRST, "veth0"), (SECOND, "/sys/fs/cgroup/box")]
@@ -36,3 +38,16 @@ def test_a_long_id_is_cut() -> None:
     message = str(unknown("why", "x" * 100_000, KNOWN))
     assert len(message) < 200
     assert "100000 characters" in message
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [("vet0", "did you mean 'veth0'?"), ("tap7x", "see `ip link`"), ("nothing", "see `ip link`")],
+    ids=["one", "several", "none"],
+)
+def test_an_interface_is_told_where_only_one_can_be_meant(
+    wanted: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["lo", "veth0", "tap70", "tap71"]
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(names, 1)))
+    assert interface_hint(wanted) == says

@@ -138,8 +138,9 @@ class SeenMap:
     def clear(self, slot: int) -> None:
         """Forget all that the slot has; nothing may be added meanwhile but what is to be forgotten too."""
         with self._lock:
-            gone = sum(self._map.delete(key) for key in self._keys(slot))
-            self._shares.note_removed(slot, gone)
+            for key in self._keys(slot):
+                if self._map.delete(key):
+                    self._shares.note_removed(slot)  # one by one: who dies here takes one entry of the share, not all
             self._missed[slot * self._stride + self._missed_at] = 0
 
     def _keys(self, slot: int) -> list[bytes]:

@@ -187,7 +187,7 @@ def resolve_interface(name: str) -> InterfaceTarget:
             return _describe(netlink, rtnl.get_link(netlink, name), what)
     except OSError as error:
         if error.errno == errno.ENODEV:
-            raise NotFoundError(f"{what}: no such interface in this network namespace; see `ip link`") from error
+            raise NotFoundError(f"{what}: no such interface in this network namespace") from error
         raise explain(what, error) from error
 
 

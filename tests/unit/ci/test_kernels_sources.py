@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import aptsources
 from aptsources import Source, configured, mirror_for, parse_deb822, parse_one_line, stanzas
 from infrastructure import InfrastructureError
 
@@ -73,8 +74,7 @@ def test_other_vendors_are_not_debian(order: str) -> None:
     assert mirror_for("bookworm", sources).uris == ("http://mirror.example/debian",)
 
 
-@pytest.mark.parametrize("suite", ["trixie-backports", "bullseye-security"])
-@pytest.mark.parametrize(
+NOT_DEBIAN = pytest.mark.parametrize(
     "line",
     [
         "deb http://ubuntu.example/ubuntu jammy main",
@@ -83,9 +83,28 @@ def test_other_vendors_are_not_debian(order: str) -> None:
     ],
     ids=["ubuntu", "docker", "contrib"],
 )
-def test_no_mirror_is_infrastructure_and_says_what_to_do(suite: str, line: str) -> None:
-    with pytest.raises(InfrastructureError, match=rf"^infrastructure: find a mirror for {suite}: .*; add one"):
-        mirror_for(suite, parse_one_line(line))
+
+
+@NOT_DEBIAN
+@pytest.mark.parametrize(("suite", "path"), [("trixie-backports", "debian"), ("bullseye-security", "debian-security")])
+def test_a_machine_without_a_mirror_asks_debian_itself(
+    suite: str, path: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyring = tmp_path / "keys.gpg"
+    keyring.touch()
+    monkeypatch.setattr(aptsources, "KEYRING", keyring)
+    assert mirror_for(suite, parse_one_line(line)).rendered(suite) == (
+        f"Types: deb\nURIs: http://deb.debian.org/{path}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n"
+    )
+
+
+@NOT_DEBIAN
+def test_without_keys_it_is_infrastructure_and_says_what_to_do(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aptsources, "KEYRING", tmp_path / "none.gpg")
+    with pytest.raises(InfrastructureError, match=r"^infrastructure: find a mirror for bookworm: .*; run ci/bootstrap"):
+        mirror_for("bookworm", parse_one_line(line))
 
 
 def test_a_key_within_the_entry_is_kept_whole() -> None:
