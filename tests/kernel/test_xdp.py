@@ -159,6 +159,25 @@ def test_a_link_that_somebody_takes_off_opens_nothing_and_is_put_back(
         assert put_back()
 
 
+@pytest.mark.parametrize("hook", MODES)
+def test_the_mode_in_force_is_told(topology: Topology, fence: Fence, workload: Workload, hook: str) -> None:
+    with fenced_by_xdp(fence, workload.host_if, mode_of(hook)) as fenced, topology.host.inside():
+        assert fence.plane._hooks.mechanism(socket.if_nametoindex(workload.host_if), fenced.name) == hook
+        put_back = fence.plane.put_back(fenced.slot, fenced.target, fenced.direction, fenced.name)
+        assert fence.run(put_back), "it is in force"
+
+
+def test_a_device_without_native_xdp_gets_the_generic_one(topology: Topology, fence: Fence) -> None:
+    """The loopback is such a device; that nothing is to be fenced there is not the hook's to know."""
+    pin = fence.plane._bpffs_dir / "links" / "loopback-xdp"
+    with topology.host.inside():
+        assert xdp.attach(fence.plane._loaded.programs["nf_xdp"], 1, "lo", pin) == "xdp-generic"
+        try:
+            assert xdp.in_force(pin, 1) == "xdp-generic"
+        finally:
+            xdp.detach(pin)
+
+
 TAGS = {
     "over-none": (packets.UDP6, DOT1Q),
     "over-one": (packets.UDP4_VLAN, DOT1AD),

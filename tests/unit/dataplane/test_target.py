@@ -81,7 +81,7 @@ def test_xdp_exists_only_on_ingress() -> None:
             choose_direction(target, requested, Hook.XDP)
 
 
-@pytest.mark.parametrize("kind", ["tun", "netkit", "vlan", "bond", "macvtap", "bridge", "team", "ifb"])
+@pytest.mark.parametrize("kind", ["tun", "netkit", *sorted({*HOST_KINDS, *UNTELLING_KINDS} - {PHYSICAL})])
 def test_xdp_is_refused_where_it_is_not_what_tc_is(kind: str) -> None:
     assert choose_direction(interface(kind), Direction.WORKLOAD, Hook.TC) is Direction.WORKLOAD
     with pytest.raises(PreconditionError, match=rf"attach to if0: XDP cannot judge a {kind} interface.*--hook tc"):
