@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from bench_plane import Plane
 from harness import sandbox
 from harness.topology import Topology
-from measure import CPU
+from measure import pin
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,20 +20,15 @@ def _sandbox() -> None:
 @pytest.fixture
 def pinned() -> Iterator[int]:
     """Pin this process, and what it starts, to one CPU."""
-    yield from _pin()
+    with pin() as cpu:
+        yield cpu
 
 
 @pytest.fixture(scope="module")
 def pinned_module() -> Iterator[int]:
     """Pin this process, and what a module's fixtures start, to one CPU."""
-    yield from _pin()
-
-
-def _pin() -> Iterator[int]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {CPU})
-    yield CPU
-    os.sched_setaffinity(0, before)
+    with pin() as cpu:
+        yield cpu
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ terminal and to ``report.jsonl``; `perfreport` makes report.json and report.html
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,17 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "report.jsonl"
 CPU = max(os.sched_getaffinity(0))
 """The CPU that everything measured is pinned to."""
+
+
+@contextlib.contextmanager
+def pin() -> Iterator[int]:
+    """Pin this process, and what it starts, to one CPU until the block ends."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {CPU})
+    try:
+        yield CPU
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @dataclass
@@ -81,7 +93,12 @@ def entries(series: Mapping[str, Series], base: str | None) -> dict[str, dict[st
 
 
 def report(name: str, series: Mapping[str, Series], base: str | None = None, **sizes: object) -> None:
-    """Print a line per contestant and append one JSON line; `base` names whom the ratios are to."""
+    """Print a line per contestant and append one JSON line; `base` names whom the ratios are to.
+
+    Where `cpu_pinned` is among the sizes, this process must be pinned to that CPU.
+    """
+    if "cpu_pinned" in sizes:
+        assert os.sched_getaffinity(0) == {sizes["cpu_pinned"]}, f"{name} is not pinned to CPU {sizes['cpu_pinned']}"
     line = {"name": name, **_where(), "base": base, "sizes": sizes, "series": entries(series, base)}
     told = []
     for who, values in series.items():

@@ -39,12 +39,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace) -> int:
     run = model.read_lines(arguments.lines, arguments.selection)
+    comparison = _against(arguments.compare, run)  # first: what is written may be in the base's place
     model.save(run, arguments.out.with_suffix(".json"))
-    return _tell(run, arguments.compare, arguments.out.with_suffix(".html"))
+    return _tell(run, comparison, arguments.out.with_suffix(".html"))
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    return _tell(model.load(arguments.new), arguments.base, arguments.html)
+    run = model.load(arguments.new)
+    return _tell(run, _against(arguments.base, run), arguments.html)
 
 
 def _peers(arguments: argparse.Namespace) -> int:
@@ -52,8 +54,11 @@ def _peers(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(run: model.Run, base: Path | None, html: Path | None) -> int:
-    comparison = gate.compare_runs(model.load(base), run) if base else None
+def _against(base: Path | None, run: model.Run) -> gate.Comparison | None:
+    return gate.compare_runs(model.load(base), run) if base else None
+
+
+def _tell(run: model.Run, comparison: gate.Comparison | None, html: Path | None) -> int:
     if html is not None:
         html.write_text(page.page(run, comparison), encoding="utf-8")
         print(f"wrote {html}")  # noqa: T201 - a command

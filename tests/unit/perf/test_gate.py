@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from tests.unit.perf.runs import ROUNDS, result, rounds, run
@@ -12,6 +14,8 @@ from tests.unit.perf.runs import ROUNDS, result, rounds, run
 from perfreport import gate
 from perfreport.gate import LEAST_ROUNDS, OTHERWISE, Allowed, Change, State, allowed_for, compare_runs
 from perfreport.model import BadReportError, Run
+
+README = Path(__file__).resolve().parents[3] / "tests/perf/README.md"
 
 
 def only(before: dict[str, object], after: dict[str, object]) -> Change:
@@ -65,6 +69,24 @@ def test_two_hundred_nanoseconds_more_in_a_verdict_are_a_regression() -> None:
 def test_what_depends_on_the_neighbours_cache_may_differ_more() -> None:
     assert allowed_for("verdict-tc-ipv4-miss-random").share > allowed_for("verdict-tc-ipv4-miss-hot").share
     assert allowed_for("something-else") == OTHERWISE
+
+
+def table_of_allowed_changes() -> dict[str, Allowed]:
+    """Return what the README allows, by pattern; "all others" are `*`."""
+    rows = re.findall(
+        r"^\| (?:`([^`]+)`|all others) \| (\d+) %(?: \+ (\d+) (\w+))? \|",
+        README.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    return {
+        pattern or "*": Allowed(int(percent) / 100, float(floor or 0), unit) for pattern, percent, floor, unit in rows
+    }
+
+
+def test_what_is_allowed_is_what_the_readme_says() -> None:
+    told = table_of_allowed_changes()
+    assert told == {**gate.ALLOWED, "*": OTHERWISE}
+    assert {pattern: allowed_for(pattern.replace("*", "x")) for pattern in told} == told
 
 
 def test_a_large_change_is_not_significant_where_the_rounds_differ_as_much() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+import measure
 from measure import Series, compare, differs, entries, ratio
 
 
@@ -38,3 +42,15 @@ def test_entries_relate_all_but_the_base_to_it() -> None:
     assert told["netfence"]["ratio"] == 1.5
     assert told["netfence"]["values"] == [3.0, 3.0]
     assert "ratio" not in entries({"netfence": Series("ns", [3.0])}, None)["netfence"]
+
+
+def test_a_pinned_cpu_is_told_only_where_it_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "REPORT", tmp_path / "report.jsonl")
+    before = os.sched_getaffinity(0)
+    with measure.pin() as cpu:
+        assert os.sched_getaffinity(0) == {cpu}
+        measure.report("attach-x", {"netfence": Series("ms", [5.0])}, cpu_pinned=cpu)
+        with pytest.raises(AssertionError, match="attach-y is not pinned to CPU 4096"):
+            measure.report("attach-y", {"netfence": Series("ms", [5.0])}, cpu_pinned=4096)
+    assert os.sched_getaffinity(0) == before
+    assert "attach-y" not in measure.REPORT.read_text()

@@ -25,12 +25,13 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_reported_is_read_back(lines: Path) -> None:
     series = {"none": Series("pps", [1.0, 2.0, 3.0]), "netfence": Series("pps", [2.0, 3.0, 4.0])}
-    measure.report("path-udp", series, base="none", rules=1000, cpu_pinned=1)
+    with measure.pin() as cpu:
+        measure.report("path-udp", series, base="none", rules=1000, cpu_pinned=cpu)
     measure.report("attach-x", {"netfence": Series("ms", [5.0])})
     read = read_lines(lines, ["-k", "path"])
     assert [one.name for one in read.results] == ["path-udp", "attach-x"]
     first = read.results[0]
-    assert (first.series, first.base, first.sizes) == (series, "none", {"rules": 1000, "cpu_pinned": 1})
+    assert (first.series, first.base, first.sizes) == (series, "none", {"rules": 1000, "cpu_pinned": cpu})
     assert (read.size, read.selection) == ("smoke", ["-k", "path"])
     assert read.cpu
     assert read.commit != "?"

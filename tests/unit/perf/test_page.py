@@ -145,6 +145,33 @@ def test_plots_take_their_colours_from_the_page(text: str) -> None:
     assert set(re.findall(r"var\((--\w+)\)", text)) <= defined
 
 
+def luminance(colour: str) -> float:
+    """Return the relative luminance of #rrggbb (WCAG 2.2)."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["light", "dark", "paper"])
+def test_words_and_lines_stand_out_from_what_they_stand_on(text: str, where: int) -> None:
+    """4.5 for text, 3 for lines (WCAG 2.2, 1.4.3 and 1.4.11); every other row of a table is a band."""
+    roots = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    assert len(roots) == 3
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", roots[where]))
+    assert {name for name in colours if name.startswith("line")} == {f"line{number}" for number in range(8)}
+    wanted = {("paper", name): 3.0 for name in colours if name.startswith("line")}
+    wanted |= {(on, name): 4.5 for on in ("paper", "band") for name in ("ink", "soft", "good", "bad", "link")}
+    wanted |= {(on, "ink"): 4.5 for on in ("warn", "fine")}
+    got = {(on, name): contrast(colours[on], colours[name]) for on, name in wanted}
+    assert {pair: ratio for pair, ratio in got.items() if ratio < wanted[pair]} == {}
+
+
 def test_smoke_sizes_are_warned_of() -> None:
     assert "not for quoting" in page(run(result("attach-x", {"netfence": 5}, "ms"), size="smoke"))
     assert "not for quoting" not in page(whole())

@@ -74,6 +74,25 @@ def test_writing_makes_both_files_and_compares(tmp_path: Path, base: Path) -> No
     assert load(tmp_path / "report.json").selection == ["-k", "attach", "--x"]
 
 
+def test_the_base_may_be_the_report_that_is_replaced(tmp_path: Path) -> None:
+    base = saved(tmp_path / "report.json", 100)
+    slow = lines(tmp_path / "report.jsonl", run(result("attach-x", {"netfence": 300}, "ms", rules=10)))
+    argv = ["write", "--lines", str(slow), "--out", str(tmp_path / "report"), "--compare", str(base)]
+    assert perf_report.main(argv) == 1
+    assert load(base).results[0].series["netfence"].median == 300
+
+
+def test_an_unusable_base_leaves_the_old_report_as_it_is(tmp_path: Path) -> None:
+    new = lines(tmp_path / "report.jsonl", run(result("attach-x", {"netfence": 300}, "ms", rules=10)))
+    old = {tmp_path / "report.json": "old figures", tmp_path / "report.html": "old page"}
+    for path, text in old.items():
+        path.write_text(text)
+    for base in (tmp_path / "none.json", tmp_path / "report.json", saved(tmp_path / "smoke.json", 100, size="smoke")):
+        argv = ["write", "--lines", str(new), "--out", str(tmp_path / "report"), "--compare", str(base)]
+        assert perf_report.main(argv) == 2
+        assert {path: path.read_text() for path in old} == old
+
+
 def test_it_runs_as_a_program(tmp_path: Path, base: Path) -> None:
     new = saved(tmp_path / "new.json", 300)
     done = subprocess.run(
