@@ -3,7 +3,8 @@
     python ci/matrix.py build/junit [--html build/matrix.html] [--kernels 5.10,6.1] [--readme README.md [--check]]
 
 Reads what the nox sessions `kernel` and `vm(...)` leave in build/junit. Exit status: 0 all passed, 1 tests failed (or,
-with --check, the README says something else), 3 infrastructure: a machine was lost, or there are no results.
+with --check, the README says something else), 2 called wrongly (a README without the table's place is that too),
+3 infrastructure: a machine was lost, there are no results, or a file cannot be written.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import matrix_html
 import matrix_readme
-from matrix_counts import Cell, by_hook, failures_of, skips
-from matrix_results import ELSE, FAILED, HOOKS, LOST, PASSED, Run, read_runs
+from infrastructure import EXIT_STATUS, InfrastructureError
+from matrix_counts import Cell, by_hook, by_mode_and_family, failures_of, skips
+from matrix_results import ELSE, FAILED, HOOKS, LOST, MODES, PASSED, Run, read_runs
 
-OK, TESTS_FAILED, INFRASTRUCTURE = 0, 1, 3
+OK, TESTS_FAILED, INFRASTRUCTURE = 0, 1, EXIT_STATUS
 HOST = "host"
 WIDTH = 100  # columns, where there is no terminal to ask
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim", "empty": "dim"}
@@ -54,13 +57,33 @@ def summary(runs: Sequence[Run]) -> Table:
     return table
 
 
+def details(runs: Sequence[Run]) -> Table:
+    """Make the table kernel × hook × family, a column for each mode."""
+    # Without lines between the columns it has room in WIDTH.
+    table = Table(title="kernels × hooks × families × modes", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("kernel", "hook", "family"):
+        table.add_column(name, no_wrap=True)
+    for mode in MODES:
+        table.add_column(mode, justify="right")
+    table.add_column("no mode", justify="right")
+    for run in runs:
+        kernel, above = run.kernel, ""
+        for row in by_mode_and_family(run):
+            hook = "" if row.hook == above else row.hook
+            table.add_row(kernel, hook, row.family, *map(_cell, row.cells))
+            kernel, above = "", row.hook
+        table.add_section()
+    return table
+
+
 def _cell(cell: Cell) -> str:
     return f"[{STYLES[cell.state]}]{cell}[/]" if str(cell) else ""
 
 
 def show(console: Console, runs: Sequence[Run]) -> None:
-    """Print the summary, then why tests were skipped, what failed, and what was lost."""
+    """Print the summary and the details, then why tests were skipped, what failed, and what was lost."""
     console.print(summary(runs))
+    console.print(details(runs))
     if skipped := skips(runs):
         table = Table(title="skipped because", title_justify="left")
         table.add_column("reason")
@@ -89,28 +112,47 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.check and not options.readme:
         parser.error("--check compares a README: give --readme")
+    readme = _readme(parser, options.readme) if options.readme else ""
     runs = read_runs(options.results, filter(None, options.kernels.split(",")))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if not runs:
         console.print(f"no results in {options.results}: run `nox -s kernel` or `nox -s vm` first")
         return INFRASTRUCTURE
     show(console, runs)
-    if options.html:
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(matrix_html.page(runs))
-        console.print(f"details: {options.html}")
     result = status(runs)
-    if options.readme:
-        guests = [run for run in runs if run.kernel != HOST]
-        if options.check:
-            differences = matrix_readme.differences(options.readme.read_text(), guests)
-            console.print(
-                *(f"{options.readme}: {each}" for each in differences), sep="\n", markup=False, soft_wrap=True
-            )
-            result = result or (TESTS_FAILED if differences else OK)
-        else:
-            options.readme.write_text(matrix_readme.with_table(options.readme.read_text(), guests))
+    guests = [run for run in runs if run.kernel != HOST]
+    try:
+        if options.html:
+            _write(options.html, matrix_html.page(runs))
+            console.print(f"details: {options.html}")
+        if options.readme and not options.check:
+            _write(options.readme, matrix_readme.with_table(readme, guests))
+    except InfrastructureError as error:
+        print(error, file=sys.stderr)
+        result = result or INFRASTRUCTURE
+    if options.check:
+        differences = matrix_readme.differences(readme, guests)
+        console.print(*(f"{options.readme}: {each}" for each in differences), sep="\n", markup=False, soft_wrap=True)
+        result = result or (TESTS_FAILED if differences else OK)
     return result
+
+
+def _readme(parser: argparse.ArgumentParser, path: Path) -> str:
+    """Read the README; what is none ends the program."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        matrix_readme.with_table(text, ())
+    except (OSError, ValueError) as error:
+        parser.error(f"--readme {path}: {error}")
+    return text
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InfrastructureError(f"write {path}: {error}") from error
 
 
 if __name__ == "__main__":

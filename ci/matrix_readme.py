@@ -58,5 +58,6 @@ def _cells(text: str) -> dict[tuple[str, str], str]:
     ]
     if not rows:
         return {}
-    header, _, *body = rows
-    return {(row[0], kernel): cell for row in body for kernel, cell in zip(header[1:], row[1:], strict=True)}
+    header, *body = rows
+    # Whoever edited it by hand may have left cells out: it says nothing there.
+    return {(row[0], kernel): cell for row in body for kernel, cell in zip(header[1:], row[1:], strict=False)}

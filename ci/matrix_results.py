@@ -91,7 +91,7 @@ def _read_run(directory: Path, kernel: str) -> Run:
             for test in _read_junit(path):
                 worst = max(tests.get(test.name, test), test, key=lambda each: _SEVERITY[each.outcome])
                 tests[test.name] = worst
-        except ET.ParseError as error:
+        except (ET.ParseError, OSError) as error:
             broken.append(f"{path.name} is no whole JUnit file: {error}")
     run = _told(directory / f"{kernel}.json", kernel)
     run = replace(run, tests=tuple(tests.values()))
@@ -117,7 +117,7 @@ def _told(path: Path, kernel: str) -> Run:
         if outcome not in (PASSED, FAILED, *LOST):
             return Run(kernel, outcome="infrastructure", detail=f"{path.name} tells an outcome unknown here: {outcome}")
         return Run(kernel, str(told.get("release") or "?"), outcome, str(told.get("detail") or ""))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         return Run(kernel, outcome="infrastructure", detail=f"{path.name} cannot be read: {error!r}")
 
 

@@ -20,6 +20,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ POLL_S = 0.2
 KVM_BOOT_S = 30.0
 """Ten times what a guest takes to come up where KVM works; where it does not, it often hangs without a word."""
 OOPS_LINES = 60
+_SBIN = "/usr/sbin:/sbin"  # not in everybody's PATH
+_IMAGE_ADVICE = "it takes mkfs.ext4 (ci/bootstrap) and 2 GB in build/"
 
 _OOPS = re.compile(
     r"Kernel panic|Oops:|BUG: (?!sleeping|workqueue)|kernel BUG at|general protection fault|Unable to handle kernel"
@@ -89,7 +92,7 @@ def kvm_works() -> bool:
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
-    with tempfile.NamedTemporaryFile() as sector:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired), tempfile.NamedTemporaryFile() as sector:
         sector.write(_PROOF)
         sector.flush()
         command = [
@@ -97,9 +100,8 @@ def kvm_works() -> bool:
             *("-drive", f"file={sector.name},format=raw,if=floppy,readonly=on"),
             *("-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
         ]
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(command, capture_output=True, timeout=KVM_BOOT_S, check=False)
-            return done.returncode == _PROOF_STATUS
+        done = subprocess.run(command, capture_output=True, timeout=KVM_BOOT_S, check=False)
+        return done.returncode == _PROOF_STATUS
     return False
 
 
@@ -118,9 +120,8 @@ def run(
     that the guest reads instead.
 
     `share` is rid of what an earlier run left there, and holds `output`, `console` and the command's own files
-    afterwards. `tell` gets each line of output as it comes.
+    afterwards. `tell` gets each line of output as it comes. Raises InfrastructureError where no guest can be started.
     """
-    share.mkdir(parents=True, exist_ok=True)
     if kvm_works():
         ended = _run(replace(machine, boot_s=KVM_BOOT_S), command, share, env or {}, images or {}, tell, kvm=True)
         if ended.outcome is not Outcome.NOBOOT:
@@ -133,14 +134,24 @@ def image(directory: Path, made: Path) -> Path:
     """Make `made` a file system of what is in the directory.
 
     Guests read this machine's files over 9p without keeping them (Linux 5.10: page by page); Python starts three times
-    as fast from an image. Raises CalledProcessError.
+    as fast from an image. Raises InfrastructureError.
     """
-    used = sum(-(-each.lstat().st_size // 4096) * 4096 + 512 for each in directory.rglob("*"))
-    made.unlink(missing_ok=True)
-    with made.open("wb") as file:
-        file.truncate(used * 5 // 4 + (32 << 20))  # sparse
     command = ["mkfs.ext4", "-q", "-O", "^has_journal", "-T", "small", "-d", str(directory), str(made)]
-    subprocess.run(command, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}, check=True)
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:{_SBIN}"}
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        used = sum(-(-each.lstat().st_size // 4096) * 4096 + 512 for each in directory.rglob("*"))
+        made.unlink(missing_ok=True)
+        with made.open("wb") as file:
+            file.truncate(used * 5 // 4 + (32 << 20))  # sparse
+        done = subprocess.run(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise InfrastructureError(f"make an image of {directory}: {error}; {_IMAGE_ADVICE}") from error
+    if done.returncode:
+        said = "; ".join(done.stderr.splitlines()) or f"exit status {done.returncode}"
+        raise InfrastructureError(f"make an image of {directory}: {said}; {_IMAGE_ADVICE}")
     return made
 
 
@@ -154,24 +165,33 @@ def _run(
     *,
     kvm: bool,
 ) -> Ended:
-    for name in ("up", "status", "output", "console", "run.sh"):
-        (share / name).unlink(missing_ok=True)
-    (share / "run.sh").write_text(_script(command, share, env, images), encoding="utf-8")
     begun = time.monotonic()
-    with (share / "console").open("wb") as console:
-        guest = subprocess.Popen(
-            _boot(machine, share, kvm=kvm),
-            stdin=subprocess.DEVNULL, stdout=console, stderr=console,
-            env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            lost = _follow(guest, machine, share, tell)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(guest.pid, signal.SIGKILL)
-            guest.wait()
+    guest = _start(_boot(machine, share, kvm=kvm), share, _script(command, share, env, images))
+    try:
+        lost = _follow(guest, machine, share, tell)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(guest.pid, signal.SIGKILL)
+        guest.wait()
     return _judge(share, lost, time.monotonic() - begun)
+
+
+def _start(boot: list[str], share: Path, script: str) -> subprocess.Popen[bytes]:
+    path = f"{BIN}:{os.environ['PATH']}"
+    if shutil.which(boot[0], path=path) is None:
+        raise InfrastructureError(f"start a guest: {boot[0]}: not found in {path}; run ci/bootstrap")
+    try:
+        share.mkdir(parents=True, exist_ok=True)
+        for name in ("up", "status", "output", "console", "run.sh"):
+            (share / name).unlink(missing_ok=True)
+        (share / "run.sh").write_text(script, encoding="utf-8")
+        with (share / "console").open("wb") as console:
+            return subprocess.Popen(
+                boot, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                env={**os.environ, "PATH": path}, start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:
+        raise InfrastructureError(f"start a guest with {share}: {error}; is there space?") from error
 
 
 def _boot(machine: Machine, share: Path, *, kvm: bool) -> list[str]:
@@ -294,12 +314,15 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         installed = ensure(listed[arguments.series])
+        share = arguments.share or Path(tempfile.mkdtemp(prefix=f"netfence-vm-{arguments.series}-"))
+        machine = Machine(installed, arguments.cpus, arguments.memory)
+        ended = run(machine, arguments.command, share.resolve(), tell=lambda line: print(line, flush=True))
     except InfrastructureError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
-    share = arguments.share or Path(tempfile.mkdtemp(prefix=f"netfence-vm-{arguments.series}-"))
-    machine = Machine(installed, arguments.cpus, arguments.memory)
-    ended = run(machine, arguments.command, share.resolve(), tell=lambda line: print(line, flush=True))
+    except OSError as error:  # a full disk
+        print(f"infrastructure: {error}", file=sys.stderr)
+        return EXIT_STATUS
     if ended.status is None:
         print(f"infrastructure: Linux {arguments.series}: {ended.outcome}: {ended.detail}", file=sys.stderr)
         return EXIT_STATUS

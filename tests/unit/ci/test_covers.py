@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,10 @@ DRIVES = re.compile(
 DATA_PLANE = {"test_verdict", "test_shapes", "test_shape_settings", "test_differential", "test_big_packets"} | {
     name for name, each in MODULES.items() if each.hooks and each.modes and each.families and "::" not in name
 }
-
+WHOLLY_NIGHTLY = {"test_soak", "test_start_up", "test_vm_outcomes"}
+NIGHTLY = WHOLLY_NIGHTLY | {
+    "test_commands_property", "test_crash", "test_differential", "test_dns_fuzz", "test_fair_share", "test_faults",
+}  # fmt: skip
 
 Item = tuple[str, str, str, str | None, dict[str, str]]  # module, node id, test, class, properties
 
@@ -46,6 +50,15 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     )
     assert done.returncode == 0, done.stdout[-2000:]
     return [tuple(each) for each in json.loads(out.read_text())]
+
+
+@pytest.fixture(scope="module")
+def nightly() -> set[str]:
+    """List what `-m nightly` selects."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests/kernel"]
+    done = subprocess.run([*command, "-m", "nightly"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return {line for line in done.stdout.splitlines() if "::" in line}
 
 
 def values(properties: dict[str, str], name: str) -> set[str]:
@@ -82,16 +95,23 @@ def test_parameters_and_properties_agree(collected: list[Item]) -> None:
 
 
 def test_the_cells_of_the_matrix_are_filled(collected: list[Item]) -> None:
-    """Each mode and family of each hook that any test names has tests of its own."""
+    """Each mode and family of each hook has verdicts of its own, whatever other modules name it too."""
     cells = {
         (hook, mode, family)
-        for _, _, _, _, properties in collected
+        for module, _, _, _, properties in collected
+        if module == "test_verdict"
         for hook in values(properties, "hook")
         for mode in values(properties, "mode")
         for family in values(properties, "family")
     }
-    for hook in ("tcx", "clsact", "cgroup"):
-        assert {(hook, mode, family) for mode in MODES for family in FAMILIES} <= cells
+    assert cells == set(product(HOOKS, MODES, FAMILIES))
+
+
+def test_what_takes_long_is_nightly(nightly: set[str], collected: list[Item]) -> None:
+    """`-m nightly` has the modules that soak, crash and fuzz, and all of some."""
+    modules = {module for module, node, *_ in collected if node in nightly}
+    assert modules >= NIGHTLY
+    assert {node for module, node, *_ in collected if module in WHOLLY_NIGHTLY} <= nightly
 
 
 def test_daemon_and_control_plane_fill_no_cell(collected: list[Item]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import aptsources
+import debfetch
 import kernels
 from debfetch import check_sha256
 from infrastructure import InfrastructureError
@@ -238,6 +239,22 @@ def test_our_own_check_does_not_lean_on_apts(tmp_path: Path) -> None:
     check_sha256(deb, hashlib.sha256(b"package").hexdigest())
     with pytest.raises(InfrastructureError, match=r"check a\.deb: SHA256 is [0-9a-f]{64}, the signed index says 0000"):
         check_sha256(deb, "0" * 64)
+
+
+def test_each_package_goes_through_our_own_check(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    debs = [
+        archive.add("linux-image-6.1.5-amd64", {}, depends="linux-binary-6.1.5-amd64, linux-modules-6.1.5-amd64"),
+        archive.add("linux-binary-6.1.5-amd64", {"boot/vmlinuz-6.1.5-amd64": b"image"}),
+        archive.add("linux-modules-6.1.5-amd64", {f"usr/lib/modules/6.1.5-amd64/{NINE_P}": b"module"}),
+    ]
+    checked: dict[str, str] = {}
+
+    def check(file: Path, expected: str) -> None:
+        checked[file.name] = expected
+
+    monkeypatch.setattr(debfetch, "check_sha256", check)
+    kernels.ensure(KERNEL)
+    assert checked == {deb.name: hashlib.sha256(deb.read_bytes()).hexdigest() for deb in debs}
 
 
 def test_an_archive_without_a_signature_is_refused(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -84,19 +86,49 @@ def test_the_terminal_tells_all_in_a_hundred_columns() -> None:
     assert "and 4965 more on host" in said
 
 
+def test_the_terminal_tells_modes_and_families() -> None:
+    others = one(mode="denylist"), replace(one(FAILED, mode="audit"), families=("ipv6",))
+    arp = replace(one(hook="clsact", mode="block_all"), families=("-",))
+    unmoded = replace(one(SKIPPED, hook="clsact"), families=("ipv4",), modes=("-",))
+    said = shown([replace(GOOD, tests=(*GOOD.tests, *others)), replace(OLD, tests=(arp, unmoded))])
+    (table,) = re.findall(r"(?s)kernels × hooks × families × modes.*?(?=skipped because)", said)
+    header, *rows = [re.split(r" {2,}", line.strip()) for line in table.splitlines()[1:] if re.search(r"\w| -", line)]
+    assert header == ["kernel", "hook", "family", *MODES, "no mode"]
+    assert rows == [
+        ["6.12", "tcx", "ipv4", "1", "1", "1"],
+        ["ipv6", "1", "1", "1 1✗"],
+        ["cgroup", "ipv4", "1"],
+        ["ipv6", "1"],
+        ["5.10", "clsact", "ipv4", "1–"],
+        ["-", "1"],
+    ]
+    (failed,) = (line for line in table.splitlines() if "1 1✗" in line)
+    names = next(line for line in table.splitlines() if "block_all" in line)
+    assert failed.index("1 1✗") + len("1 1✗") == names.index("audit") + len("audit")
+
+
 class Page(HTMLParser):
-    """Reads text, and the tags that could ask a network for something."""
+    """Reads text, the heads of tables, and the tags that could ask a network for something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text, self.tags, self.links = "", set[str](), list[str]()
+        self.heads, self.inside = list[list[str]](), ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        if tag == "thead":
+            self.heads.append([])
+        elif tag == "th" and self.inside == "thead":
+            self.heads[-1].append("")
+        if tag in ("thead", "tbody"):
+            self.inside = tag
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.inside == "thead" and self.heads[-1]:
+            self.heads[-1][-1] += data.strip()
 
 
 def test_the_page_is_whole_escaped_and_alone() -> None:
@@ -111,6 +143,10 @@ def test_the_page_is_whole_escaped_and_alone() -> None:
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
     assert html.count('<td class="failed">1 1✗</td>') >= 3  # the summary, and each family of the details
+    summary, reasons, *details = page.heads
+    assert summary == ["kernel", *HOOKS, "no hook", "outcome"]
+    assert reasons == ["reason", "6.12", "5.10", "6.1", "7.3"]
+    assert details == [["hook", "family", *MODES, "no mode"]] * 3  # of the crashed one nothing is known
 
 
 README = f"before\n{matrix_readme.BEGIN}\nold\n{matrix_readme.END}\nafter\n"
@@ -134,6 +170,8 @@ def test_the_readme_is_compared_with_the_results_at_hand() -> None:
         "tcx on 6.12: says tested, the results say not tested"
     ]
     assert matrix_readme.differences(written, [BAD])[0] == "tcx on 6.1: says nothing, the results say 1 of 2 fail"
+    lacking = written.replace(" tested |", "", 1)
+    assert matrix_readme.differences(lacking, [GOOD]) == ["tcx on 6.12: says nothing, the results say tested"]
     with pytest.raises(ValueError, match="has no <!-- hooks"):
         matrix_readme.differences("no markers", [GOOD])
 
@@ -168,3 +206,78 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (results / "6.12.xml").write_text(JUNIT.format(TCX, '<failure message="AssertionError: [red] 1"/>'))
     assert matrix.main([*common, "--check"]) == 1
     assert "AssertionError: [red] 1" in capsys.readouterr().out
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Have a kernel whose tests passed."""
+    made = tmp_path / "junit"
+    made.mkdir()
+    (made / "6.12.xml").write_text(JUNIT.format(TCX, ""))
+    return made
+
+
+def test_a_readme_that_agrees_hides_neither_failures_nor_losses(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    written = [str(results), "--readme", str(readme)]
+    assert matrix.main(written) == 0
+    assert matrix.main([*written, "--check"]) == 0
+    assert matrix.main([*written, "--check", "--kernels", "6.12,host"]) == 3
+    (results / "host.xml").write_text(JUNIT.format(TCX, '<failure message="no"/>'))
+    assert matrix.main([*written, "--check"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "No such file or directory"),
+        (b"no table", f"the README has no {matrix_readme.BEGIN}"),
+        (b"\xff", "can't decode byte 0xff"),
+    ],
+    ids=["none", "no-markers", "no-text"],
+)
+@pytest.mark.parametrize("check", [[], ["--check"]], ids=["write", "check"])
+def test_a_readme_that_is_none_is_called_wrongly(
+    results: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | None,
+    complaint: str,
+    check: list[str],
+) -> None:
+    readme = tmp_path / "README.md"
+    if content is not None:
+        readme.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        matrix.main([str(results), "--readme", str(readme), *check])
+    told = capsys.readouterr().err
+    assert f"error: --readme {readme}: " in told
+    assert complaint in told
+    assert readme.exists() == (content is not None)
+
+
+def test_what_cannot_be_written_is_infrastructure(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html = f"{os.devnull}/matrix.html"
+    assert matrix.main([str(results), "--html", html]) == 3
+    told = capsys.readouterr()
+    assert f"infrastructure: write {html}: " in told.err
+    assert "6.12" in told.out
+    (results / "6.12.xml").write_text(JUNIT.format(TCX, '<failure message="no"/>'))
+    assert matrix.main([str(results), "--html", html]) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--no-such-option"]])
+def test_called_wrongly(results: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        matrix.main([str(results), *arguments] if arguments else [])
+    assert "error: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_no_result(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (results / "6.12.json").mkdir()
+    assert matrix.main([str(results)]) == 3
+    (results / "6.12.json").rmdir()
+    (results / "6.12-2.xml").mkdir()
+    assert matrix.main([str(results)]) == 3
+    assert "6.12-2.xml is no whole JUnit file: " in capsys.readouterr().out

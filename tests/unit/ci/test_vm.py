@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import vm
 from harness.deadline import wait_for
+from infrastructure import InfrastructureError
 from kernelcache import Installed
 from vm import Ended, Machine, Outcome, oops_of
 
@@ -34,6 +38,7 @@ class Scene:
     def __init__(self, share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.share = share
         self.told: list[str] = []
+        self.tell = self.told.append
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(vm, "kvm_works", lambda: False)
 
@@ -42,7 +47,7 @@ class Scene:
         run = f"sh {shlex.quote(str(self.share / 'run.sh'))}"
         self._monkeypatch.setattr(vm, "_boot", lambda *_, **__: ["sh", "-c", guest.replace("$RUN", run)])
         machine = Machine(KERNEL, **limits)  # type: ignore[arg-type]
-        return vm.run(machine, command, self.share, env={"GREETING": "it's"}, images=images, tell=self.told.append)
+        return vm.run(machine, command, self.share, env={"GREETING": "it's"}, images=images, tell=self.tell)
 
 
 @pytest.fixture
@@ -66,6 +71,17 @@ def test_output_streams_and_the_status_comes_back(scene: Scene) -> None:
     assert (ended.outcome, ended.status) == (Outcome.PASSED, 0)
     assert scene.told == ["it's 1", "no newline"]
     assert (scene.share / "kept").read_text() == "kept\n"
+
+
+def test_a_line_is_told_when_it_comes(scene: Scene) -> None:
+    def tell(line: str) -> None:
+        (scene.share / "heard").touch()
+        scene.told.append(line)
+
+    scene.tell = tell
+    answer = "echo one; until [ -e $SHARE/heard ]; do sleep 0.05; done; echo two"
+    assert scene.play("$RUN", "sh", "-c", answer, idle_s=5.0).outcome is Outcome.PASSED
+    assert scene.told == ["one", "two"]
 
 
 def test_images_are_mounted_over_their_directories_before_the_command(scene: Scene, tmp_path: Path) -> None:
@@ -106,8 +122,27 @@ def test_an_image_has_what_the_directory_has(tmp_path: Path, monkeypatch: pytest
 
 
 def test_no_image_is_made_of_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(InfrastructureError, match=r"^infrastructure: make an image of .*/nowhere: .*No such file"):
         vm.image(tmp_path / "nowhere", tmp_path / "made.ext4")
+
+
+def test_a_missing_mkfs_is_infrastructure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tree").mkdir()
+    monkeypatch.setattr(vm, "_SBIN", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InfrastructureError, match=r"'mkfs\.ext4'; it takes mkfs\.ext4 \(ci/bootstrap\) and 2 GB"):
+        vm.image(tmp_path / "tree", tmp_path / "made.ext4")
+
+
+def test_what_cannot_be_written_is_infrastructure(scene: Scene, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InfrastructureError, match=r"make an image of .*File exists"):
+        vm.image(tmp_path / "tree", file / "made.ext4")
+    scene.share = file / "share"
+    with pytest.raises(InfrastructureError, match=r"start a guest with .*Not a directory"):
+        scene.play("$RUN", "true")
 
 
 def test_a_failed_command_is_no_lost_guest(scene: Scene) -> None:
@@ -179,6 +214,115 @@ def test_what_kvm_runs_is_not_emulated(scene: Scene, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("NETFENCE_EMULATED", raising=False)
     scene.play("$RUN", "sh", "-c", "echo [${NETFENCE_EMULATED-}]")
     assert scene.told == ["[]"]
+
+
+@pytest.mark.parametrize(
+    ("qemu", "works"),
+    [(f"exit {0x21}", True), ("exit 0", False), ("exit 1", False), ("exec sleep 60", False), (None, False)],
+    ids=["wrote-to-the-port", "ended", "refused", "hung", "no-qemu"],
+)
+def test_kvm_works_where_a_guest_ran_our_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu: str | None, *, works: bool
+) -> None:
+    if qemu:
+        (tmp_path / "qemu-system-x86_64").write_text(f"#!/bin/sh\n{qemu}\n")
+        (tmp_path / "qemu-system-x86_64").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if qemu else str(tmp_path))
+    monkeypatch.setattr(vm, "KVM_BOOT_S", 5.0 if works else 0.5)
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    assert vm.kvm_works.__wrapped__() is works
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not vm.kvm_works.__wrapped__()
+
+
+@pytest.mark.parametrize("kvm", [True, False])
+def test_what_is_booted(tmp_path: Path, *, kvm: bool) -> None:
+    boot = vm._boot(Machine(KERNEL, cpus=2, memory="3G"), tmp_path, kvm=kvm)
+    options = list(pairwise(boot))
+    for option in (
+        ("--run", str(KERNEL.vmlinuz)),
+        ("--append", "panic_on_oops=1"),  # else a guest goes on after an oops, and its tests may pass
+        ("--append", "panic=-1"),
+        ("--cpus", "2"),
+        ("--memory", "3G"),
+        ("--exec", f"sh {tmp_path}/run.sh"),
+    ):
+        assert option in options
+    assert f"--rwdir={tmp_path}" in boot
+    assert ("--disable-kvm" in boot) is not kvm
+
+
+@pytest.fixture
+def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call `vm.main` on 6.1, which is in the cache, and which only emulation runs."""
+    monkeypatch.setattr(sys, "argv", ["vm.py", "6.1", f"--share={tmp_path}/share", "--", "true"])
+    monkeypatch.setattr(vm, "ensure", lambda _kernel: KERNEL)
+    monkeypatch.setattr(vm, "kvm_works", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "said"),
+    [
+        (Ended(Outcome.PASSED, 0, "", 1.0), 0, ""),
+        (Ended(Outcome.FAILED, 7, "exit status 7", 1.0), 7, ""),
+        (Ended(Outcome.FAILED, 1, "exit status 1", 1.0), 1, ""),
+        (Ended(Outcome.HUNG, None, "no output", 1.0), 3, "infrastructure: Linux 6.1: hung: no output\n"),
+        (Ended(Outcome.CRASHED, None, "Oops: 1", 1.0), 3, "infrastructure: Linux 6.1: crashed: Oops: 1\n"),
+    ],
+)
+def test_exit_status(
+    called: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ended: Ended,
+    status: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(vm, "run", lambda *_, **__: ended)
+    assert vm.main() == status
+    assert capsys.readouterr().err == said
+
+
+def test_a_missing_vng_is_infrastructure(
+    called: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vm, "BIN", Path("/nowhere"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert vm.main() == 3
+    assert capsys.readouterr().err.startswith("infrastructure: start a guest: vng: not found in /nowhere:")
+
+
+def test_no_place_for_a_share_is_infrastructure(
+    called: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vm.py", "6.1", "--", "true"])
+    monkeypatch.setattr(tempfile, "tempdir", os.devnull)
+    assert vm.main() == 3
+    assert capsys.readouterr().err.startswith("infrastructure: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: series"),
+        (["6.1"], "the following arguments are required"),
+        (["2.4", "--", "true"], "invalid choice: '2.4'"),
+        (["host", "--", "true"], "invalid choice: 'host'"),
+        (["6.1", "--cpus", "many", "--", "true"], "invalid int value"),
+    ],
+    ids=["nothing", "no-command", "no-such-kernel", "the-host", "no-number"],
+)
+def test_called_wrongly(
+    called: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vm.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        vm.main()
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,49 @@ def test_one_failure_stops_no_other_and_nothing_runs_for_ever(jobs: dict[str, An
     for name, job in jobs.items():
         assert job["timeout-minutes"] <= 180, name
         assert job.get("strategy", {"fail-fast": False})["fail-fast"] is False, name
+
+
+def uploads(job: dict[str, Any]) -> dict[str, list[str]]:
+    """List what a job keeps: the artifact's name, one for each value of the matrix → its paths."""
+    kept: dict[str, list[str]] = {}
+    for step in job["steps"]:
+        if "/upload-artifact@" in step.get("uses", ""):
+            given = step["with"]
+            names = [given["name"]]
+            for key, values in job.get("strategy", {}).get("matrix", {}).items():
+                placeholder = f"${{{{ matrix.{key} }}}}"
+                names = [name.replace(placeholder, value) for name in names for value in values]
+            kept |= dict.fromkeys(names, given["path"].split())
+    return kept
+
+
+def test_the_matrix_gets_what_every_run_leaves(jobs: dict[str, Any]) -> None:
+    (download,) = (step["with"] for step in jobs["matrix"]["steps"] if "/download-artifact@" in step.get("uses", ""))
+    assert download["merge-multiple"] is True  # else each would lie in a directory of its own, unseen
+    kept = uploads(jobs["session"]) | uploads(jobs["vm"])
+    assert {"results-kernel", *(f"results-vm-{series}" for series in kernels() if series != "host")} <= set(kept)
+    assert [name for name in kept if not fnmatch(name, download["pattern"])] == []
+    assert {path for paths in kept.values() for path in paths} == {download["path"]} == {"build/"}
+    assert set(jobs["matrix"]["needs"]) == {"session", "vm"}
+    # What the others keep is no kernel's result.
+    rest = set().union(*(uploads(job) for name, job in jobs.items() if name not in ("session", "vm")))
+    assert [name for name in rest if fnmatch(name, download["pattern"])] == []
+
+
+def test_what_was_found_is_kept_whatever_failed(jobs: dict[str, Any]) -> None:
+    assert uploads(jobs["matrix"]) == {"matrix": ["build/matrix.html"]}
+    assert uploads(jobs["perf"]) == {"perf-report": ["report.html", "report.json"]}
+    for name, job in jobs.items():
+        for step in job["steps"]:
+            if "/upload-artifact@" in step.get("uses", ""):
+                assert step["if"] == "${{ !cancelled() }}", name
+
+
+def test_every_night_what_takes_long(text: str, jobs: dict[str, Any]) -> None:
+    assert yaml.safe_load(text)[True]["schedule"]  # YAML 1.1 reads "on" as true
+    for name, command in (("nightly", "ci/test kernel -- -m nightly"), ("perf", "ci/test perf")):
+        assert "github.event_name == 'schedule'" in jobs[name]["if"]
+        assert command in [step.get("run") for step in jobs[name]["steps"]]
 
 
 def test_actions_are_pinned_and_may_read_only(text: str, jobs: dict[str, Any]) -> None:
