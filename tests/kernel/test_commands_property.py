@@ -66,7 +66,7 @@ MIN_S, GRACE_S, MAX_S, MAX_LEASES = 60.0, 30.0, 3600.0, 4
 LIMITS = LeaseLimits(min_s=MIN_S, grace_s=GRACE_S, max_s=MAX_S, max_leases=MAX_LEASES)
 SCAN_S = 6.0  # after that long the data plane walks the leases again (plane.SCAN_EVERY_S)
 MEDIUM, LARGE = 300, 700  # rules: more than plane.IN_PLACE, and more than judging.BULK
-SHORT_S = 2.0 * SLOWNESS  # of real time: longer than two commands take on a busy machine
+SHORT_S = 2.0 if SLOWNESS == 1 else 6.0  # of real time: longer than two commands take on a busy machine
 PROXY = "(proxy)"
 
 # -- what can happen --------------------------------------------------------------------------------------------------

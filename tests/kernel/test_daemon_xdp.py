@@ -53,7 +53,7 @@ def refused(daemon: Fenced, interface: str, **how: Any) -> str:
 
 @pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.userspace), "kill -9"])
 @pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
-@pytest.mark.parametrize("kind", ["veth", "tap"])
+@pytest.mark.parametrize("kind", ["veth", pytest.param("tap", marks=pytest.mark.userspace)])
 def test_it_stays_fenced_and_is_taken_over(topology: Topology, start: Start, kind: str, how: str, *, tcx: bool) -> None:
     workload = topology.add_veth() if kind == "veth" else topology.add_tap()
     daemon = start(topology, policy=POLICY, tcx=tcx)

@@ -32,7 +32,7 @@ from frames import Frame, random_frame
 from harness import warm
 from harness.deadline import SLOWNESS
 from harness.fence import MAX_LEASES
-from harness.needs import needs
+from harness.needs import is_before, needs
 from netfence.dataplane import compile as child
 from netfence.dataplane import links, loader
 from netfence.dataplane.plane import DataPlane, Static
@@ -45,8 +45,10 @@ from oracle import OracleLease, OracleRule, World, decide, unmapped
 from packet_fuzz import PacketFuzz
 from packet_reader import Reading, read
 
-WORLDS = int(os.environ.get("NETFENCE_DIFFERENTIAL_WORLDS", "20"))
-PACKETS = 800 if SLOWNESS == 1 else 34  # per world and hook: 20 worlds x 3 hooks x 800 = 48,000; emulated 2,040
+WORLDS = int(os.environ.get("NETFENCE_DIFFERENTIAL_WORLDS", "20" if SLOWNESS == 1 else "10"))
+FIRST_WORLD = WORLDS * int(os.environ.get("NETFENCE_PART", "0/1").partition("/")[0])  # each kernel has its own
+_EMULATED = 100 if is_before("test runs of cgroup programs") else 67  # 2,000 of all hooks together
+PACKETS = 800 if SLOWNESS == 1 else _EMULATED  # per world and hook: 20 worlds x 3 hooks x 800 = 48,000
 LOOPBACK_IFINDEX = 1  # what a test run without context carries
 SHORT_S = 0.25
 Hook = Literal["tc", "xdp", "cgroup"]
@@ -295,7 +297,7 @@ def test_kernel_and_oracle_agree(
     record_property: Tell,
 ) -> None:
     seen: Counter[Reason] = Counter()
-    for seed in range(WORLDS):
+    for seed in range(FIRST_WORLD, FIRST_WORLD + WORLDS):
         rng = random.Random(f"{hook} {seed}")
         mode = rng.choice([Mode.ALLOWLIST, Mode.ALLOWLIST, Mode.DENYLIST, Mode.DENYLIST, Mode.BLOCK_ALL, Mode.DISABLED])
         with _in_force(plane, runner, rng, hook, mode) as world:
@@ -303,6 +305,7 @@ def test_kernel_and_oracle_agree(
     record_property("packets", sum(seen.values()))
     record_property("reasons", {reason.name: count for reason, count in seen.items()})
     expected = _ever(hook)
+    assert sum(seen.values()) >= 0.9 * WORLDS * PACKETS  # all but what never meets the program of a cgroup
     if WORLDS * PACKETS >= 16_000:
         assert expected <= set(seen), f"never drawn: {expected - set(seen)}"
 

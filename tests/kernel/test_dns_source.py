@@ -43,7 +43,7 @@ def _forged(topology: Topology, workload: Workload, attached: Attached, tag: Tag
     return to_mac + bytes.fromhex("020000000001") + struct.pack("!H", ETHERTYPE[4]) + bytes(packet)
 
 
-@pytest.mark.parametrize("mode", ["block_all", "allowlist"])
+@pytest.mark.parametrize("mode", ["block_all", pytest.param("allowlist", marks=pytest.mark.userspace)])
 @pytest.mark.parametrize("kind", ["veth", "bridged", "tap"])
 def test_an_answer_never_leaves_by_another_way(fresh: Fresh, kind: str, mode: str) -> None:
     topology = fresh.topology()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 MAX_CIDR_RULES: Final = 1_000_000
-"""CIDR entries per attachment, both lists and families: 138 bytes each in the kernel's trie, so about 140 MB."""
+"""CIDR entries per attachment, both lists and families: some 130 bytes each in the kernel, so about 130 MB."""
 
 MAX_DOMAIN_RULES: Final = 1_000_000
 """Domain rules per attachment: about 150 bytes each in the daemon."""

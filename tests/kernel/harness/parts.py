@@ -14,7 +14,8 @@ def parted(items: list[pytest.Item], part: int, parts: int) -> tuple[list[pytest
 
     A test with many cases is shared out between the parts by the sum of its parameters' positions: each part has every
     value of every parameter, of two parameters' pairs its share, and all parts together have all cases. A test with few
-    cases is in every part; but tests marked `dealt`, which take long, are shared out one by one in each file.
+    cases is in every part, and so are tests marked `everywhere`; but those marked `dealt`, which take long, are shared
+    out one by one in each file.
     """
     cases: dict[str, list[pytest.Item]] = {}
     dealt: dict[str, list[pytest.Item]] = {}
@@ -35,6 +36,7 @@ def parted(items: list[pytest.Item], part: int, parts: int) -> tuple[list[pytest
                 if value not in values:
                     values.append(value)
                 positions.append(values.index(value))
-            if len(of_one_test) < MANY_CASES or sum(positions) % parts == part:
+            always = len(of_one_test) < MANY_CASES or item.get_closest_marker("everywhere")
+            if always or sum(positions) % parts == part:
                 kept.add(item)
     return [item for item in items if item in kept], [item for item in items if item not in kept]

@@ -20,6 +20,7 @@ import yaml
 import docs_reference
 from netfence.cli import cli
 from netfence.config import KEYS
+from netfence.dataplane import target
 from netfence.policy.modes import Reason
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,7 +57,25 @@ UNDEFENDED = {
     "other ways out": "devices passed through to the workload",
     "root": "can detach, unpin or replace anything",
 }
-MEASURED = ("Packets", "XDP", "DNS", "Start, restart, memory", "Watching and metrics")  # chapters of performance.md
+MEASURED = (  # chapters of performance.md
+    "Where we are behind",
+    "Packets",
+    "XDP",
+    "DNS",
+    "Attach and change",
+    "Start, restart, memory",
+    "Watching and metrics",
+    "Measured elsewhere",
+)
+NOT_BY_XDP = {
+    "what leaves": "direction `host`",
+    "no Ethernet header": "no Ethernet header",
+    "a bond's members": "a member of a bond",
+    "large MTU": "an MTU above some 3,500 bytes",
+    "outer tag": "with the outer VLAN tag",
+    "to be segmented": "a frame still to be segmented",
+    "tags out of the data": "a tag kept out of the data",
+}
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +223,28 @@ def test_what_is_not_defended_is_said(words: str) -> None:
 def test_performance_is_told_in_figures(title: str) -> None:
     rows = re.findall(r"^\|[^|]+\|.*\d.*\|$", chapter("performance.md", title), re.MULTILINE)
     assert rows
+
+
+@pytest.mark.parametrize("peer", ["dnsmasq", "unbound"])
+def test_where_we_are_behind_is_said(peer: str) -> None:
+    text = chapter("performance.md", "Where we are behind")
+    assert peer in text
+    behind = {row.split("|")[1].strip() for row in text.splitlines() if re.search(r"^\|.*\*\*\d\.\d+\*\*", row)}
+    states = ("cached", "uncached", "refused")
+    assert {f"{protocol}, {state}" for protocol in ("UDP", "TCP") for state in states} <= behind
+
+
+@pytest.mark.parametrize("words", NOT_BY_XDP.values(), ids=NOT_BY_XDP)
+def test_what_xdp_cannot_have_is_said(words: str) -> None:
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", chapter("performance.md", "What XDP cannot have"), re.MULTILINE)
+    assert len([said for row in rows if words in (said := " ".join(row))]) == 1
+
+
+def test_every_kind_that_xdp_is_refused_for_is_said() -> None:
+    said = chapter("performance.md", "What XDP cannot have").lower()
+    refused = {*target._KIND_DIRECTION, "bridge", "macvlan", "ifb"} - target._XDP_KINDS
+    assert {"netkit", "macvtap"} < refused
+    assert [kind for kind in sorted(refused) if kind not in said] == []
 
 
 def test_the_build_lets_no_warning_pass() -> None:

@@ -37,6 +37,9 @@ def test_few(how): ...
 
 def test_one(): ...
 
+@pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.everywhere), 1, 2, 3])
+def test_sizes(size): ...
+
 @pytest.mark.dealt
 @pytest.mark.parametrize("how", [1, 2])
 def test_dealt(how): ...
@@ -59,8 +62,10 @@ def collected(directory: Path, part: int) -> list[str]:
 
 def test_each_case_is_in_one_part_and_each_part_has_its_share_of_everything(tmp_path: Path) -> None:
     parts = [collected(tmp_path, part) for part in range(4)]
-    few = {"test_few[one]", "test_few[two]", "test_one"}
-    many = {f"test_many[{hook}-{case}]" for hook, case in product(HOOKS, CASES)}
+    few = {"test_few[one]", "test_few[two]", "test_one", "test_sizes[0]"}
+    many = {f"test_sizes[{size}]" for size in (1, 2, 3)} | {
+        f"test_many[{hook}-{case}]" for hook, case in product(HOOKS, CASES)
+    }
     dealt = {"test_dealt[1]", "test_dealt[2]", "test_dealt_too"}
     assert Counter(name for part in parts for name in part) == Counter(
         {**dict.fromkeys(few, 4), **dict.fromkeys(many | dealt, 1)}
