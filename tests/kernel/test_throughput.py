@@ -1,8 +1,9 @@
 """At full rate: what is allowed flows nearly as fast as without a fence, and of what is denied not one packet arrives.
 
 `LIMIT` is asserted of the median of ratios taken round by round, fenced and not fenced in turns. A busy machine moves
-single rounds, not the middle of many: where the median of `ROUNDS` is below the limit, `MORE` rounds are added, once,
-and the median of all of them decides.
+single rounds, not the middle of many. Where things lie in memory moves all rounds of an attach, most of all where the
+machine is emulated (0.76 to 0.89 for the same fence, by boot): where the median is below the limit, it is attached anew
+`AGAIN` times, with new tables, and the median of all rounds decides.
 
 "Without a fence" is another workload of the same topology, with nothing on its interface, or for the cgroup another
 cgroup in the same workload. For XDP its interface has an XDP program that passes everything, in the same mode: to have
@@ -34,7 +35,7 @@ from xdp_tools import fenced_by_xdp, foreign_xdp
 pytestmark = [pytest.mark.serial, pytest.mark.timeout(120)]
 
 LIMIT = 0.8
-ROUNDS, MORE = 7, 14
+ROUNDS, AGAIN = 7, 3
 RULES = 300  # of each family
 PACKETS = 2_000 if SLOWNESS > 1 else 12_800  # in a round
 DENIED_PACKETS = 10_000 if SLOWNESS > 1 else 50_000  # of which one in a thousand would be seen for certain
@@ -127,34 +128,51 @@ def told(series: Series) -> str:
     return f"{series.median:.3f} ({low:.3f}-{high:.3f}, {len(series.values)} rounds)"
 
 
-@pytest.mark.parametrize(("hook", "stream"), STREAMS)
-def test_allowed_traffic_flows(
-    lanes: Lanes, hook: str, stream: str, record_property: Callable[[str, object], None]
-) -> None:
-    with (
-        lanes.blaster(stream, ALLOWED) as through,
-        lanes.blaster(stream, ALLOWED, beside=True) as beside,
-        lanes.fenced() as fenced,
-    ):
+@dataclass
+class Measured:
+    """What one contestant and another managed: packets a second of the fenced one, ratios to the one beside."""
+
+    rate: Series
+    ratios: Series
+    to_no_program: Series | None = None
+
+
+def measure_allowed(lanes: Lanes, through: Blaster, beside: Blaster) -> Measured:
+    """Attach, compare, and see that all that flowed passed by the rule."""
+    with lanes.fenced() as fenced:
         fenced.switch(policy(1, Mode.ALLOWLIST, list(ALLOWED.values()), [], RULES))
         before = fenced.counters()
         contestants = {"fenced": Flow(through), "beside": Flow(beside)}
-        if hook.startswith("xdp"):
+        to_none = None
+        if lanes.hook.startswith("xdp"):
             series = compare("packets/s", contestants, ROUNDS)
-            record_property("ratio_to_no_program", told(ratio(series["fenced"], series["beside"])))
+            to_none = ratio(series["fenced"], series["beside"])
         with lanes.passing():
             series = compare("packets/s", contestants, ROUNDS)
-            if ratio(series["fenced"], series["beside"]).median < LIMIT:
-                for name, more in compare("packets/s", contestants, MORE).items():
-                    series[name].values += more.values
-        ratios = ratio(series["fenced"], series["beside"])
-        record_property("ratio", told(ratios))
-        record_property("packets_per_s", told(series["fenced"]))
         found = {key: count for key, (count, _) in moved(before, fenced.counters()).items()}
         found.pop(Reason.NEIGHBOUR.name, None)
         assert set(found) == {Reason.ALLOW_RULE.name}
         assert found[Reason.ALLOW_RULE.name] >= contestants["fenced"].arrived > 0
-        assert ratios.median >= LIMIT, f"{told(ratios)} of what flows without a fence: {ratios.values}"
+    return Measured(series["fenced"], ratio(series["fenced"], series["beside"]), to_none)
+
+
+@pytest.mark.parametrize(("hook", "stream"), STREAMS)
+def test_allowed_traffic_flows(
+    lanes: Lanes, hook: str, stream: str, record_property: Callable[[str, object], None]
+) -> None:
+    with lanes.blaster(stream, ALLOWED) as through, lanes.blaster(stream, ALLOWED, beside=True) as beside:
+        measured = measure_allowed(lanes, through, beside)
+        if measured.ratios.median < LIMIT:
+            for _ in range(AGAIN):
+                again = measure_allowed(lanes, through, beside)
+                measured.rate.values += again.rate.values
+                measured.ratios.values += again.ratios.values
+    if measured.to_no_program is not None:
+        record_property("ratio_to_no_program", told(measured.to_no_program))
+    ratios = measured.ratios
+    record_property("ratio", told(ratios))
+    record_property("packets_per_s", told(measured.rate))
+    assert ratios.median >= LIMIT, f"{told(ratios)} of what flows without a fence: {ratios.values}"
 
 
 class Account:
