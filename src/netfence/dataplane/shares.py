@@ -27,7 +27,7 @@ class Shares:
         at = slot * self.stride // 4
         return (self._words[at + self._added] - self._words[at + self._removed]) & _MASK
 
-    def note_removed(self, slot: int, entries: int = 1) -> None:
-        """Note that entries of the slot were removed."""
+    def note_removed(self, slot: int) -> None:
+        """Note that an entry of the slot was removed."""
         at = slot * self.stride // 4 + self._removed
-        self._words[at] = (self._words[at] + entries) & _MASK
+        self._words[at] = (self._words[at] + 1) & _MASK
