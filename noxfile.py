@@ -20,7 +20,8 @@ from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "unit", "docs", "kernel", "vms", "matrix", "perf_smoke", "demo"]
+# `matrix` is last: what failed on which kernel is among the closing lines.
+nox.options.sessions = ["lint", "types", "unit", "docs", "kernel", "vms", "perf_smoke", "demo", "matrix"]
 
 ROOT = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent

@@ -62,7 +62,7 @@ def after(command: Sequence[str], word: str) -> list[str]:
 
 @pytest.mark.usefixtures("noxfile")
 def test_ci_test_without_arguments_runs_every_kind_of_check() -> None:
-    assert nox.options.sessions == ["lint", "types", "unit", "docs", "kernel", "vms", "matrix", "perf_smoke", "demo"]
+    assert nox.options.sessions == ["lint", "types", "unit", "docs", "kernel", "vms", "perf_smoke", "demo", "matrix"]
 
 
 @pytest.mark.parametrize("failing", [None, 0, 1])
