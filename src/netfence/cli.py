@@ -47,10 +47,10 @@ from netfence.text import printable
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(
         """
-netfenced start --policy policy.yaml       run the daemon with a local policy
-netfenced attach --interface veth0         fence the workload behind veth0
-netfenced list --all                       show every attachment
-eval "$(_NETFENCED_COMPLETE=bash_source netfenced)"    completion in this shell (zsh_source, fish_source)
+netfenced start --policy policy.yaml       # run the daemon with a local policy
+netfenced attach --interface veth0         # fence the workload behind veth0
+netfenced list --all                       # show every attachment
+eval "$(_NETFENCED_COMPLETE=bash_source netfenced)"    # completion in this shell (zsh_source, fish_source)
 """
     ),
 )

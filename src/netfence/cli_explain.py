@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import click
 
-from netfence.command import CommandError, complain, complete_id, connected, examples, json_option, show_json
+from netfence.command import CommandError, colour, complain, complete_id, connected, examples, json_option, show_json
 from netfence.text import printable
 
 _STYLES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -59,7 +59,7 @@ def why(attachment_id: str, subject: str, *, as_json: bool) -> None:
         show_json(explain_render.explanation_document(answer))
         return
     for line in explain_render.explanation_lines(answer):
-        click.echo("".join(click.style(text, **_STYLES.get(style, {})) for text, style in line))
+        click.echo("".join(click.style(text, **_STYLES.get(style, {})) for text, style in line), color=colour())
 
 
 @click.command(

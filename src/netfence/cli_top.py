@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from netfence.command import connected, examples, show_json, show_rows, until_interrupted
+from netfence.command import connected, examples, finite, show_json, show_rows, until_interrupted
 
 if TYPE_CHECKING:
     from netfence.api.client import DaemonClient, FlowStream
@@ -44,6 +44,7 @@ netfenced top --once --json | jq '.destinations[0]'
     "--interval",
     "interval_s",
     type=click.FloatRange(0.2, 3600),
+    callback=finite,
     metavar="S",
     default=2.0,
     show_default=True,
@@ -105,8 +106,10 @@ def _run(daemon: DaemonClient, stream: FlowStream, interval_s: float, show: Show
         last = time.monotonic()
         meter.read(daemon.list_all(), last)
         while True:
-            if reader.over.wait(interval_s) and reader.failure is not None:
-                raise reader.failure
+            if reader.over.wait(interval_s):
+                if reader.failure is not None:
+                    raise reader.failure
+                return
             now = time.monotonic()
             rates = meter.read(daemon.list_all(), now)
             show(Snapshot(time.time(), now - last, rates, *tally.most(LISTED)))

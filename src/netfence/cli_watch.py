@@ -7,7 +7,6 @@ Owns what the command line filters beyond what the daemon does, and how loss is 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from netfence.command import complain, complete_id, connected, examples, until_interrupted
+from netfence.command import colour, complain, complete_id, connected, examples, until_interrupted
 
 if TYPE_CHECKING:
     from netfence.api.client import DaemonClient
@@ -117,8 +116,8 @@ def _parse_protocol(_ctx: click.Context, _param: click.Parameter, value: str | N
 @click.command(
     epilog=examples(
         """
-netfenced watch                                      everything, of all attachments
-netfenced watch --id 6f1c2a9e --verdict drop         what one workload is denied
+netfenced watch                                      # everything, of all attachments
+netfenced watch --id 6f1c2a9e --verdict drop         # what one workload is denied
 netfenced watch --kind dns --name '*.example.com'
 netfenced watch --to 10.0.0.0/8 --count 10
 netfenced watch --json | jq -r 'select(.verdict == "drop") | .destination'
@@ -165,22 +164,24 @@ def watch(
         known = Known(daemon)
         loss = Loss(told=not as_json)
         shown = 0
-        for event in stream:
-            loss.add(event.lost)
-            alone = event.kind == "lost"
-            if alone and not as_json:
-                loss.tell()
-            if not (as_json if alone else chosen.shows(event)):
-                continue
-            if as_json:
-                event.lost = loss.taken()
-            show(event, known.who(event.id))
-            shown += not alone
-            if shown == count:
-                break
-        else:
-            complain(f"watch: attachment {attachment_id} left")
-        loss.tell()
+        try:
+            for event in stream:
+                loss.add(event.lost)
+                alone = event.kind == "lost"
+                if alone and not as_json:
+                    loss.tell()
+                if not (as_json if alone else chosen.shows(event)):
+                    continue
+                if as_json:
+                    event.lost = loss.taken()
+                show(event, known.who(event.id))
+                shown += not alone
+                if shown == count:
+                    break
+            else:
+                complain(f"watch: attachment {attachment_id} left")
+        finally:  # Ctrl-C too: a flood is what people press it in
+            loss.tell()
     return 0
 
 
@@ -248,7 +249,7 @@ def _line(event: Any, who: Who) -> None:  # noqa: ANN401 - as in `Filter`
     from netfence.api.flow_render import flow_line  # noqa: PLC0415
 
     pieces = [click.style(text, **_STYLES.get(kind, {})) for text, kind in flow_line(event, who)]
-    click.echo("  ".join(pieces), color=False if os.environ.get("NO_COLOR") else None)
+    click.echo("  ".join(pieces), color=colour())
 
 
 def _json_line(event: Any, who: Who) -> None:  # noqa: ANN401 - as in `Filter`

@@ -7,6 +7,7 @@ and bad usage stay instant.
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ FAILED: Final = 1
 USAGE: Final = 2
 UNREACHABLE: Final = 3
 INTERRUPTED: Final = 130
+
+COMPLETE_S: Final = 1.0
+"""How long the tab key may wait for a daemon."""
 
 
 class CommandError(Exception):
@@ -88,10 +92,20 @@ def _sentence(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def _quieten_grpc() -> None:
+    """Keep gRPC from writing lines of its own to stderr; it asks when it is loaded."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def colour() -> bool | None:
+    """Tell click whether to colour: never with NO_COLOR (no-color.org), else as it sees fit."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 @contextmanager
 def connected() -> Iterator[DaemonClient]:
     """Give a connected client; its errors become ours."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # or gRPC writes lines of its own to stderr; read when it loads
+    _quieten_grpc()
     from netfence.api.client import DaemonClient, RefusedError, UnreachableError  # noqa: PLC0415
 
     path = Path(click.get_current_context().find_root().params["socket"])
@@ -139,10 +153,11 @@ def show_json(document: object) -> None:
 def complete_id(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the ids of the running daemon, with their targets; nothing if it cannot be asked."""
     socket = ctx.find_root().params.get("socket") or DEFAULT_SOCKET
+    _quieten_grpc()
     try:
         from netfence.api.client import DaemonClient  # noqa: PLC0415
 
-        with DaemonClient(Path(socket)) as client:
+        with DaemonClient(Path(socket), COMPLETE_S) as client:
             infos = list(client.list_all())
     except Exception:  # noqa: BLE001 - completion has nowhere to complain
         return []
@@ -155,6 +170,13 @@ def complete_interface(_ctx: click.Context, _param: click.Parameter, incomplete:
         return sorted(name for name in os.listdir("/sys/class/net") if name.startswith(incomplete))  # noqa: PTH208
     except OSError:
         return []
+
+
+def finite(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    """Refuse NaN, which passes every range."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number in the range")
+    return value
 
 
 def parse_metadata(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:

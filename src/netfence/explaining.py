@@ -12,6 +12,7 @@ from typing import Final
 from netfence.api.views import ExplainedAddress, ExplanationView, FlowVerdict
 from netfence.attachment import dns_address
 from netfence.dataplane.explain import METADATA, METADATA_RULE, Judged
+from netfence.dns.judge import Verdict
 from netfence.dns.server import Looked
 from netfence.errors import InvalidError, NotFoundError
 from netfence.lifecycle import Lifecycle, Live
@@ -88,6 +89,7 @@ class _Chain:
         self._addresses: list[ExplainedAddress] = []
         self._remedies: dict[str, None] = {}  # each once, in order
         self._name_verdict: FlowVerdict | str = ""
+        self._learned = True  # answers to the name open its addresses
 
     def view(self, subject: str) -> ExplanationView:
         """Return what was found."""
@@ -135,17 +137,31 @@ class _Chain:
             self._step("answer", name, f"{len(found) - MAX_ADDRESSES} more addresses, not looked at")
 
     def _judge(self, name: str, looked: Sequence[Looked]) -> None:
-        """Tell what the policy says of the name itself."""
-        verdict = next((one.verdict for one in looked if one.verdict is not None), None)
-        if verdict is None:
+        """Tell what is said of the name itself; of each type where the control plane says it of each."""
+        verdicts = {one.qtype: one.verdict for one in looked}
+        said = [verdict for verdict in verdicts.values() if verdict is not None]
+        self._learned = any(verdict.learn for verdict in said)
+        alike = {verdict.why: verdict for verdict in said}  # what differs otherwise is when it was said
+        for why, verdict in alike.items():
+            of = [qtype for qtype, other in verdicts.items() if other is not None and other.why == why]
+            self._judged(name, verdict, "" if len(of) == len(verdicts) else f"{' and '.join(of)}: ")
+        allowed = any(not verdict.denied for verdict in said)
+        if allowed:
+            self._name_verdict = "pass"
+        elif said and len(said) == len(verdicts):
+            self._name_verdict = "would_drop" if said[0].audit else "drop"
+        if len(said) < len(verdicts) or not said:
+            of = [qtype for qtype, verdict in verdicts.items() if verdict is None]
+            which = f"{' and '.join(of)}: " if said else ""
             why = "DNS mode proxy: the control plane decides when the workload asks; it said nothing that still holds"
-            self._step("name", name, why)
+            self._step("name", name, which + why)
             self._remedy(f"let the workload resolve {name} through DNS {self._dns}: the control plane is asked then")
-            return
+
+    def _judged(self, name: str, verdict: Verdict, which: str) -> None:
+        """Tell what a verdict on the name is, and what would change it."""
         if verdict.name != name:
             self._step("name", name, f"judged without its search domain, as {verdict.name}")
-        self._step("name", verdict.name, verdict.why)
-        self._name_verdict = "pass" if not verdict.denied else "would_drop" if verdict.audit else "drop"
+        self._step("name", verdict.name, which + verdict.why)
         if not verdict.denied:
             return
         if verdict.reason == "block_all":
@@ -153,9 +169,9 @@ class _Chain:
         elif verdict.reason == "control_plane":
             self._remedy(f"have the control plane allow {verdict.name}")
         elif verdict.rule is not None and verdict.rule.name == verdict.name and verdict.rule.kind is RuleKind.EXACT:
-            self._remedy(f"remove {verdict.rule.text}")
+            self._remedy(f"dns.allow: {verdict.name} in place of {verdict.rule.text}")
         else:
-            self._remedy(f"allow_domain {verdict.name}")
+            self._remedy(f"dns.allow: {verdict.name}")
 
     def _answer(self, name: str, one: Looked) -> bool:
         """Tell what a question of one type gets; False where the client gets none of its addresses."""
@@ -177,7 +193,7 @@ class _Chain:
         rule, link = one.denied_by
         self._step("rule", link, f"{rule.text}: the answer leads to it")
         exact = rule.name == link and rule.kind is RuleKind.EXACT
-        self._remedy(f"remove {rule.text}" if exact else f"allow_domain {link}")
+        self._remedy(f"remove {rule.text}" if exact else f"dns.allow: {link}")
         if self._policy.audit:
             self._name_verdict = "would_drop"
             return True
@@ -245,7 +261,7 @@ class _Chain:
         if judged.lease_s is None:
             self._step("lease", text, "no live lease")
         elif judged.lease_s <= 0:
-            self._step("lease", text, f"ran out {_span(-judged.lease_s)} ago{by}")
+            self._step("lease", text, f"ran out {_span(-judged.lease_s)} ago{by}; running TCP may go on")
         else:
             self._step("lease", text, f"live for {_span(judged.lease_s)} more{by}")
 
@@ -266,10 +282,11 @@ class _Chain:
                 self._remedy(f"allow_cidrs: {_host(address)} (it hands out the machine's own credentials)")
             case Reason.DENY_RULE:
                 key = judged.rules.key if judged.rules is not None else None
-                if key is not None and key[-1] < 8 * len(address):
-                    self._remedy(f"remove deny {cidr_text(key)}, or allow_cidrs: {_host(address)} (more specific)")
-                elif key is not None:
-                    self._remedy(f"remove deny {cidr_text(key)}")
+                if key is not None:
+                    rule = f"deny {cidr_text(key)}"
+                    whole = key[-1] == 8 * len(address)
+                    how = f"in place of {rule}" if whole else f"(more specific than {rule})"
+                    self._remedy(f"allow_cidrs: {_host(address)} {how}")
             case Reason.DEFAULT_DROP:
                 self._remedy(self._opening(address, name, judged))
 
@@ -278,6 +295,8 @@ class _Chain:
         host, holders = _host(address), self._attachment.names_of(address)
         if name and self._policy.dns.mode is DnsMode.DISABLED:
             return f"set DNS mode allowlist or denylist: in mode disabled answers open nothing; or allow_cidrs: {host}"
+        if name and self._name_verdict and not self._learned:
+            return f"allow_cidrs: {host}, or have the control plane say add_to_filter of {name}"
         if name and self._name_verdict == "pass":
             return f"the workload has to resolve {name} through DNS {self._dns} first (no live lease)"
         if name:

@@ -100,7 +100,7 @@ def test_a_name_before_and_after_it_was_resolved(
 def test_names_that_are_not_answered_and_addresses_that_are_cut(daemon: Netfenced, fenced: Attached) -> None:
     other = why(daemon, fenced, "other.test")
     assert (other["name_verdict"], other["addresses"]) == ("drop", [])
-    assert other["remedies"] == ["allow_domain other.test"]
+    assert other["remedies"] == ["dns.allow: other.test"]
     alias = why(daemon, fenced, "alias.test")
     assert (alias["name_verdict"], alias["addresses"]) == ("drop", [])
     assert alias["remedies"] == ["remove deny edge.test"]
@@ -117,7 +117,7 @@ def test_addresses(daemon: Netfenced, topology: Topology, workload: Workload, fe
             DENIED4,
             ("drop", "deny_rule"),
             "deny 198.18.0.0/15",
-            [f"remove deny 198.18.0.0/15, or allow_cidrs: {DENIED4}/32 (more specific)"],
+            [f"allow_cidrs: {DENIED4}/32 (more specific than deny 198.18.0.0/15)"],
         ),
         (EDGE4, ("drop", "default_drop"), "", [f"allow_cidrs: {EDGE4}/32"]),
         (
@@ -172,6 +172,27 @@ def test_what_it_says_to_add_lets_packets_pass(
     daemon.set_policy({"default": {**RULES, "allow_cidrs": [host]}})
     assert verdicts(why(daemon, fenced, subject)) == {subject: ("pass", "allow_rule")}
     assert topology.arrived(workload, UDP4, subject) == 3
+
+
+def test_what_it_says_in_place_of_a_rule_lets_packets_pass(
+    daemon: Netfenced, topology: Topology, workload: Workload, agent: Agent, fenced: Attached
+) -> None:
+    """To take the rule away would not do: what nothing allows is dropped too."""
+    dns = {"mode": "allowlist", "deny": ["good.test"]}
+    daemon.set_policy({"default": {**RULES, "deny_cidrs": [f"{EDGE4}/32"], "dns": dns}})
+    (remedy,) = why(daemon, fenced, EDGE4)["remedies"]
+    assert remedy == f"allow_cidrs: {EDGE4}/32 in place of deny {EDGE4}/32"
+    (remedy,) = why(daemon, fenced, "good.test")["remedies"]
+    assert remedy == "dns.allow: good.test in place of deny good.test"
+    dns = {"mode": "allowlist", "allow": ["good.test"]}
+    daemon.set_policy({"default": {**RULES, "allow_cidrs": [f"{EDGE4}/32"], "deny_cidrs": [], "dns": dns}})
+    (remedy,) = why(daemon, fenced, "good.test")["remedies"]
+    assert remedy.startswith("the workload has to resolve good.test")
+    agent.query(fenced.dns, "good.test")
+    for address in (EDGE4, GOOD4):
+        (verdict,) = verdicts(why(daemon, fenced, address)).values()
+        assert verdict[0] == "pass"
+        assert topology.arrived(workload, UDP4, address) == 3
 
 
 def test_audit_and_block_all(daemon: Netfenced, topology: Topology, workload: Workload, fenced: Attached) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ from tests.unit.api.fake import HASH, STATUS, VIEW, Background, FakeDaemon, back
 
 from netfence import __version__
 from netfence.cli import cli
+from netfence.command import COMPLETE_S
 from netfence.errors import ExistsError, InvalidError, UnavailableError
 
 NETFENCED = Path(sys.executable).with_name("netfenced")
@@ -458,8 +462,29 @@ def _commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[
             yield (*path, name)
 
 
+def _leaves(group: click.Group) -> Iterator[click.Command]:
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from _leaves(command)
+        else:
+            yield command
+
+
+def _commands_in(lines: list[str]) -> Iterator[list[str]]:
+    """Yield the arguments of each `netfenced` of a shell's lines."""
+    for line in "\n".join(lines).replace("\\\n", "").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        assert "netfenced" in line
+        for operator, command in itertools.groupby(words, lambda word: word in {"|", "&&", ";", "&", "(", ")"}):
+            argv = list(command)
+            if not operator and argv[0] == "netfenced":
+                yield argv[1:]
+
+
 @pytest.mark.parametrize("path", [(), *_commands(cli)], ids=" ".join)
-def test_help_has_examples_that_parse(path: tuple[str, ...]) -> None:
+def test_help_has_examples_that_parse(path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(None, *path, "--help")
     assert result.exit_code == 0
     _, _, examples = result.stdout.partition("Examples:\n")
@@ -467,6 +492,16 @@ def test_help_has_examples_that_parse(path: tuple[str, ...]) -> None:
     assert lines
     if path:
         assert any(f"netfenced {' '.join(path)}" in line or f" {path[0]}" in line for line in lines)
+    monkeypatch.chdir(tmp_path)
+    for leaf in _leaves(cli):
+        monkeypatch.setattr(leaf, "callback", lambda *_, **__: None)
+    for words in _commands_in(lines):
+        for number, word in enumerate(words):
+            if word.endswith((".yaml", ".pem", ".key")):  # of the reader's machine
+                words[number] = Path(word).name
+                Path(words[number]).touch()
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0, (words, done.stderr)
 
 
 def test_every_command_of_this_stage_is_there() -> None:
@@ -526,6 +561,16 @@ def test_shell_completion(daemon: Background) -> None:
     for command in ("detach", "why", "suggest", "watch"):
         assert _complete(f"netfenced {command} --id id", NETFENCE_SOCKET=daemon.path) == ["id-0000", "id-0001"]
     assert _complete("netfenced detach --id id", NETFENCE_SOCKET="/nonexistent") == []
+
+
+def test_the_tab_key_does_not_wait_for_a_daemon_that_hangs(tmp_path: Path) -> None:
+    path = tmp_path / "hung.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        begun = time.monotonic()
+        assert _complete("netfenced detach --id id", NETFENCE_SOCKET=path) == []
+        assert time.monotonic() - begun < 2 * COMPLETE_S + 2  # and what Python and gRPC take to start
 
 
 def test_shell_completion_script() -> None:

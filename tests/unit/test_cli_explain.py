@@ -33,6 +33,9 @@ def test_why_has_colours_on_a_terminal(daemon: Background) -> None:
     result = CliRunner().invoke(cli, ["--socket", str(daemon.path), "why", "--id", "id-0", "a.test"], color=True)
     assert "\x1b[32manswered\x1b[0m" in result.stdout
     assert "\x1b[31m\x1b[1mdrop\x1b[0m" in result.stdout
+    env = {"NO_COLOR": "1"}
+    plain = CliRunner().invoke(cli, ["-s", str(daemon.path), "why", "--id", "id-0", "a.test"], color=True, env=env)
+    assert plain.stdout.splitlines()[0] == "pypi.org: answered"
 
 
 def test_why_json(daemon: Background) -> None:

@@ -40,8 +40,8 @@ def test_once_prints_plain_tables(daemon: Background) -> None:
     head, rates, destinations, names = result.stdout.rstrip().split("\n\n")
     assert re.search(r": 1 attachment, rates of the last 2\.\d s; 7 drops more than could be told are in", head)
     assert [line.split() for line in rates.splitlines()] == [
-        ["ID", "TARGET", "MODE", "PASSED/S", "DROPPED/S", "QUERIES/S", "DENIED/S", "METADATA"],
-        ["id-0", "veth0", "allowlist", "0", "0", "0", "0", "tenant=acme"],
+        ["ID", "TARGET", "MODE", "PASSED/S", "DROPPED/S", "AUDITED/S", "QUERIES/S", "DENIED/S", "METADATA"],
+        ["id-0", "veth0", "allowlist", "0", "0", "0", "0", "0", "tenant=acme"],
     ]
     assert destinations.splitlines()[1].split() == [
         *("2", "203.0.113.9:53", "udp", "x.test", "deny_rule", "id-0", "veth0")
@@ -91,6 +91,7 @@ def test_rates_come_from_the_counters(daemon: Background) -> None:
 BAD_USAGE = {
     "no-terminal": ([], "standard output is no terminal; use --once or --json"),
     "interval": (["--once", "--interval", "0"], "0.2<=x<=3600"),
+    "interval-nan": (["--once", "--interval", "nan"], "nan is not a number in the range"),
     "interval-word": (["--once", "--interval", "soon"], "not a valid float"),
     "argument": (["--once", "veth0"], "unexpected extra argument"),
 }

@@ -315,6 +315,23 @@ def test_ctrl_c_ends_it_quietly(daemon: Background, *, json_: bool) -> None:
     assert (command.returncode, stdout, stderr) == (0, "", "")
 
 
+def test_ctrl_c_tells_what_was_lost_and_not_yet_told(daemon: Background) -> None:
+    command = subprocess.Popen(
+        [NETFENCED, "-s", daemon.path, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        daemon.run(daemon.port.tell(replace(PACKET, lost=3), replace(PACKET, lost=4), PACKET))
+        assert command.stdout is not None
+        for _ in range(3):
+            assert command.stdout.readline()
+        command.send_signal(signal.SIGINT)
+        _, stderr = command.communicate(timeout=20)
+    finally:
+        command.kill()
+        command.wait()
+    assert [int(line.split()[2]) for line in stderr.splitlines()] == [3, 4]
+
+
 def test_a_pipe_that_nobody_reads_any_more_ends_it_quietly(daemon: Background) -> None:
     command = subprocess.Popen(
         [NETFENCED, "-s", daemon.path, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -123,22 +123,38 @@ def test_in_mode_proxy_nothing_is_asked_and_nothing_claimed() -> None:
     assert "127.0.0.1:11000" in found.remedies[0]
     denied = Verdict("a.test", denied=True, why="denied by the control plane")
     found = told(policy(DnsMode.PROXY), "a.test", looked=[Looked("A", denied), Looked("AAAA", None)])
+    asked = "let the workload resolve a.test through DNS 127.0.0.1:11000: the control plane is asked then"
+    assert (found.name_verdict, found.remedies) == ("", ("have the control plane allow a.test", asked))
+    assert [text.partition(": ")[0] for kind, _, text in found.steps if kind == "name"] == ["A", "AAAA"]
+    found = told(policy(DnsMode.PROXY), "a.test", looked=[Looked("A", denied), Looked("AAAA", denied)])
     assert (found.name_verdict, found.remedies) == ("drop", ("have the control plane allow a.test",))
+
+
+def test_resolving_is_no_remedy_where_the_control_plane_keeps_answers_out_of_the_filter() -> None:
+    answered = Verdict("a.test", denied=False, why="allowed by the control plane", learn=False)
+    looked = [Looked("A", answered, "cache", "NOERROR", addresses=(B,)), Looked("AAAA", answered)]
+    found = told(policy(DnsMode.PROXY), "a.test", looked=looked)
+    assert found.name_verdict == "pass"
+    assert found.remedies == ("allow_cidrs: 8.8.4.4/32, or have the control plane say add_to_filter of a.test",)
 
 
 @pytest.mark.parametrize(
     ("deny", "remedy"),
-    [("a.test", "remove deny a.test"), (".test", "allow_domain a.test"), (".a.test", "allow_domain a.test")],
+    [
+        ("a.test", "dns.allow: a.test in place of deny a.test"),
+        (".test", "dns.allow: a.test"),
+        (".a.test", "dns.allow: a.test"),
+    ],
 )
 def test_a_denied_name_is_allowed_by_what_is_more_specific(deny: str, remedy: str) -> None:
     rules = policy(deny=[deny])
     verdict = judge(rules, "a.test", ())
     found = told(rules, "a.test", looked=[Looked("A", verdict)])
     assert (found.name_verdict, found.remedies) == ("drop", (remedy,))
-    if remedy.startswith("allow"):
-        better = judge(policy(allow=["a.test"], deny=[deny]), "a.test", ())
-        assert better is not None
-        assert not better.denied
+    left = [] if "in place of" in remedy else [deny]
+    better = judge(policy(allow=["a.test"], deny=left), "a.test", ())
+    assert better is not None
+    assert not better.denied
 
 
 def test_names_in_dns_mode_disabled_open_nothing_and_many_addresses_are_cut() -> None:
@@ -160,7 +176,7 @@ def test_an_expired_rule_and_a_lease_that_ran_out_are_told() -> None:
         ("rule", "expired"),
         ("rule", "expired"),
         ("rule", "no CIDR rule covers it"),
-        ("lease", "ran out 1 m 15 s ago, opened by a.test"),
+        ("lease", "ran out 1 m 15 s ago, opened by a.test; running TCP may go on"),
         ("default", "mode allowlist: what nothing allows is dropped"),
     ]
     assert (found.addresses[0].verdict, found.addresses[0].lease_s) == ("would_drop", None)

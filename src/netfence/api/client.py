@@ -7,6 +7,7 @@ answered (`UnreachableError`, with what is wrong with the socket). A thin layer:
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -54,9 +55,12 @@ class UnreachableError(Exception):
 class DaemonClient:
     """A connection to the daemon; a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        """Connect to the socket at `path`. Raises UnreachableError if nobody listens there."""
-        self._path = path.absolute()
+    def __init__(self, path: Path, patience_s: float = math.inf) -> None:
+        """Connect to the socket at `path`. Raises UnreachableError if nobody listens there.
+
+        No call waits longer than `patience_s`, whatever it may wait otherwise.
+        """
+        self._path, self._patience_s = path.absolute(), patience_s
         self._probe()
         self._channel = grpc.insecure_channel(f"unix:{quote(str(self._path))}")
         self._stub = daemon_pb2_grpc.DaemonServiceStub(self._channel)
@@ -126,6 +130,7 @@ class DaemonClient:
         return FlowStream(call, self._path)
 
     def _call(self, method: Callable[..., Response], request: Any, timeout_s: float) -> Response:  # noqa: ANN401
+        timeout_s = min(timeout_s, self._patience_s)
         try:
             return method(request, timeout=timeout_s)
         except grpc.RpcError as error:
@@ -135,7 +140,7 @@ class DaemonClient:
         """Connect once by hand: gRPC would only say that it is unavailable, and not before some retries."""
         what = f"connect to the daemon on {self._path}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(CONNECT_TIMEOUT_S)
+            probe.settimeout(min(CONNECT_TIMEOUT_S, self._patience_s))
             try:
                 probe.connect(os.fspath(self._path))
             except OSError as error:

@@ -31,7 +31,9 @@ LISTED: Final = 10
 ROOM: Final = 14
 """Lines of the page that are not rows of its tables."""
 
-RATE_HEAD: Final = ("id", "target", "mode", "passed/s", "dropped/s", "queries/s", "denied/s", "metadata")
+RATE_HEAD: Final = (
+    "id", "target", "mode", "passed/s", "dropped/s", "audited/s", "queries/s", "denied/s", "metadata"
+)  # fmt: skip
 DESTINATION_HEAD: Final = ("dropped", "to", "protocol", "name", "reason", "id", "target")
 NAME_HEAD: Final = ("denied", "name", "reason", "id", "target")
 
@@ -48,11 +50,15 @@ class Dropped(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """One attachment's rates: packets passed and dropped, queries answered and denied, each a second."""
+    """One attachment's rates, each a second: packets passed and dropped, queries answered and denied.
+
+    `would_drop`: of the packets passed, those that audit alone let pass.
+    """
 
     info: daemon_pb2.AttachmentInfo
     passed: float
     dropped: float
+    would_drop: float
     queries: float
     denied: float
 
@@ -120,6 +126,7 @@ class Meter:
             now = (
                 info.packets_allowed,
                 info.packets_blocked,
+                info.packets_would_block,
                 info.dns_queries_allowed,
                 info.dns_queries_blocked,
             )
@@ -129,7 +136,12 @@ class Meter:
             rates = (max(new - old, 0) / passed_s for new, old in zip(now, before, strict=True))
             found.append(Rates(info, *rates))
         self._before, self._at = counts, at
-        return sorted(found, key=lambda one: (-one.dropped, -one.denied, -one.passed, -one.queries, one.info.id))
+        return sorted(found, key=_order)
+
+
+def _order(one: Rates) -> tuple[float | str, ...]:
+    """Put first what is dropped most, or would be."""
+    return -one.dropped - one.would_drop, -one.denied, -one.passed, -one.queries, one.info.id
 
 
 def document(snapshot: Snapshot) -> dict[str, Any]:
@@ -173,6 +185,7 @@ def _rates_document(one: Rates) -> dict[str, Any]:
         **{key: whole[key] for key in ("id", "target", "metadata", "mode", "dns_mode")},
         "packets_allowed_per_s": round(one.passed, 3),
         "packets_blocked_per_s": round(one.dropped, 3),
+        "packets_would_block_per_s": round(one.would_drop, 3),
         "dns_queries_allowed_per_s": round(one.queries, 3),
         "dns_queries_blocked_per_s": round(one.denied, 3),
     }
@@ -192,7 +205,7 @@ def tables(snapshot: Snapshot) -> list[tuple[Sequence[str], list[Sequence[str]]]
         (
             *whose(one.info.id),
             attachment_document(one.info)["mode"],
-            *(rate_text(rate) for rate in (one.passed, one.dropped, one.queries, one.denied)),
+            *(rate_text(rate) for rate in (one.passed, one.dropped, one.would_drop, one.queries, one.denied)),
             Who.of(one.info).metadata_text,
         )
         for one in snapshot.rates

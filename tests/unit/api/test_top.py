@@ -50,6 +50,14 @@ def test_rates_are_of_the_time_between_two_looks_and_the_most_dropping_come_firs
     ]
 
 
+def test_what_audit_lets_pass_comes_first_as_what_is_dropped_does() -> None:
+    meter = Meter()
+    meter.read([info("a", 0, 0, 0, 0), info("b", 0, 0, 0, 0, packets_would_block=0)], 0.0)
+    audited = info("b", 900, 0, 0, 0, packets_would_block=80)
+    first, second = meter.read([info("a", 5000, 70, 0, 0), audited], 2.0)
+    assert (first.info.id, first.passed, first.would_drop, second.would_drop) == ("b", 450.0, 40.0, 0.0)
+
+
 def test_who_is_new_has_no_rate_and_no_rate_is_negative() -> None:
     meter = Meter()
     assert [one.dropped for one in meter.read([info("a", 0, 1000, 0, 0)], 5.0)] == [0.0]
@@ -90,6 +98,7 @@ def test_the_document() -> None:
         "dns_mode": "proxy",
         "packets_allowed_per_s": 1.0,
         "packets_blocked_per_s": 0.0,
+        "packets_would_block_per_s": 0.0,
         "dns_queries_allowed_per_s": 0.0,
         "dns_queries_blocked_per_s": 0.5,
     }
@@ -111,7 +120,7 @@ def test_the_document() -> None:
 
 def test_the_tables() -> None:
     (_, rates), (_, destinations), (_, names) = tables(snapshot())
-    assert rates[0] == ["b", "veth0", "allowlist", "0", "250", "3.5", "0", "tenant=acme"]
+    assert rates[0] == ["b", "veth0", "allowlist", "0", "250", "0", "3.5", "0", "tenant=acme"]
     assert destinations[1] == ["1", "192.0.2.1", "udp", "", "deny_rule (audit)", "a", "veth1"]
     assert names == [["1", "x.test", "default_drop", "a", "veth1"]]
 
