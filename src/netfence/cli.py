@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from netfence.cli_watch import watch
 from netfence.command import (
     DEFAULT_SOCKET,
     FAILED,
+    UNREACHABLE,
     CommandError,
     Commands,
     complain,
@@ -352,27 +352,33 @@ netfenced config show --config /etc/netfence/netfence.yaml --json
 @json_option
 @click.pass_context
 def show(ctx: click.Context, config_path: Path | None, *, as_json: bool) -> None:
-    """Show the configuration in force and where each value came from. Needs no daemon."""
-    loaded = _load_config(ctx, config_path, {})
-    values = _leaves(loaded.config.model_dump(mode="json"), loaded.sources)
+    """Show the configuration in force and where each value came from.
+
+    As the running daemon has it. With --config, or where no daemon answers: as a daemon started here would.
+    """
+    values = None if config_path else _configuration_in_force()
+    if values is None:
+        values = _load_config(ctx, config_path, {}).told()
     if as_json:
-        entries = {key: {"value": value, "source": loaded.sources.get(key, "default")} for key, value in values.items()}
-        show_json(entries)
+        show_json({key: {"value": value, "source": source} for key, (value, source) in sorted(values.items())})
     else:
-        rows = [[key, _plain(value), loaded.sources.get(key, "default")] for key, value in values.items()]
+        rows = [[key, _plain(value), source] for key, (value, source) in sorted(values.items())]
         show_rows([[printable(cell) for cell in row] for row in rows], ("key", "value", "from"))
 
 
-def _leaves(tree: dict[str, Any], keys: Container[str], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys with their values; a mapping that is itself one of `keys` (metadata) is a value."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = prefix + name
-        if isinstance(value, dict) and value and key not in keys:
-            leaves |= _leaves(value, keys, f"{key}.")
-        else:
-            leaves[key] = value
-    return leaves
+def _configuration_in_force() -> dict[str, tuple[object, str]] | None:
+    """Ask the daemon; None, and a word on stderr, where none answers."""
+    try:
+        with connected() as daemon:
+            answer = daemon.status()
+    except CommandError as error:
+        if error.status != UNREACHABLE:
+            raise
+        complain("config show: no daemon answers; shown is what `netfenced start` would take, without --config")
+        return None
+    if not answer.config:
+        raise CommandError([f"config show: netfenced {answer.version} does not tell its configuration; give --config"])
+    return {key: (json.loads(answer.config[key].json), answer.config[key].source) for key in answer.config}
 
 
 def _plain(value: object) -> str:

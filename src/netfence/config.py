@@ -8,7 +8,7 @@ environment over the file over the default. To add a key: a field here, a line t
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
@@ -137,6 +137,23 @@ class Loaded(NamedTuple):
 
     config: Config
     sources: dict[str, str]
+
+    def told(self) -> dict[str, tuple[object, str]]:
+        """Return what JSON can say of it: dotted key → value and where it came from."""
+        values = _leaves(self.config.model_dump(mode="json"), self.sources)
+        return {key: (value, self.sources.get(key, "default")) for key, value in values.items()}
+
+
+def _leaves(tree: Mapping[str, object], keys: Container[str], prefix: str = "") -> dict[str, object]:
+    """Return dotted keys with their values; a mapping that is itself one of `keys` (metadata) is a value."""
+    leaves: dict[str, object] = {}
+    for name, value in tree.items():
+        key = prefix + name
+        if isinstance(value, dict) and value and key not in keys:
+            leaves |= _leaves(value, keys, f"{key}.")
+        else:
+            leaves[key] = value
+    return leaves
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ def run(loaded: Loaded) -> int:
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            runner.run(_Process(loaded.config).main())
+            runner.run(_Process(loaded).main())
         except BaseExceptionGroup as group:  # of the task group: one failure is the rule
             raise _first(group) from group
     return 0
@@ -87,11 +87,11 @@ def run(loaded: Loaded) -> int:
 class _Process:
     """One life of the daemon."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, loaded: Loaded) -> None:
+        self._config, self._told = loaded.config, loaded.told()
         self._stop = asyncio.Event()
         self._ready = False
-        self._metrics = MetricsPlace(config.metrics.listen)
+        self._metrics = MetricsPlace(self._config.metrics.listen)
 
     async def main(self) -> None:
         """Start, run until told to stop, stop."""
@@ -166,7 +166,7 @@ class _Process:
             names = Remembering(lifecycle)
             await names.recall()
             flows = Flows(parts.plane, lambda: [live for live in lifecycle.every() if live.attached])
-            daemon = Daemon(lifecycle, background, self._daemon_id(parts.store), flows)
+            daemon = Daemon(lifecycle, background, self._daemon_id(parts.store), flows, self._told)
             background.keep(keeper.run, "targets")
             background.keep(keeper.look_round, "hooks")
             background.keep(lambda: parts.control.run(host), "control")
@@ -242,9 +242,16 @@ class Background:
 class Daemon:
     """The daemon as its local API sees it (`api.service.DaemonPort`)."""
 
-    def __init__(self, lifecycle: Lifecycle, background: Background, daemon_id: str, flows: Flows) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        background: Background,
+        daemon_id: str,
+        flows: Flows,
+        told: Mapping[str, tuple[object, str]],
+    ) -> None:
         self._lifecycle, self._background, self._daemon_id = lifecycle, background, daemon_id
-        self._flows = flows
+        self._flows, self._told = flows, told
         self._began = time.monotonic()
 
     async def attach(self, spec: AttachSpec) -> AttachmentInfoView:
@@ -279,6 +286,7 @@ class Daemon:
             uptime_s=time.monotonic() - self._began,
             kernel_release=parts.plane.kernel_release,
             features=parts.plane.features,
+            config=self._told,
         )
 
     async def explain(self, attachment_id: str, subject: str) -> ExplanationView:

@@ -110,6 +110,16 @@ def test_the_command_line_does_it_all(daemon: Fenced, workload: Workload) -> Non
     assert again.stderr == f"netfenced: detach: no attachment {made['id']}; see `netfenced list`\n"
 
 
+def test_config_show_tells_what_the_daemon_has_in_force(daemon: Fenced) -> None:
+    """Not what the file says by now, and without being told where the daemon's file is."""
+    daemon.write_config({"log_level": "error"})
+    shown = daemon.cli_json("config", "show")
+    assert shown["log_level"]["value"] == "debug"
+    assert shown["log_level"]["source"].startswith(str(daemon.config_file))
+    assert shown["data_dir"]["value"] == str(daemon.directory / "data")
+    assert shown["enforcement.start_mode"] == {"value": "block_all", "source": "default"}
+
+
 def test_names_open_addresses_and_queries_are_counted(
     daemon: Fenced, topology: Topology, workload: Workload, agent: Agent, names: Unbound
 ) -> None:

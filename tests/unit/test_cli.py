@@ -423,6 +423,36 @@ def test_policy_check_tells_every_error_with_file_line_and_key(tmp_path: Path) -
     assert [f"netfenced: {error}" for error in document["errors"]] == lines[:2]
 
 
+def test_config_show_asks_the_daemon_for_what_is_in_force(daemon: Background, tmp_path: Path) -> None:
+    told = {"log_level": ("debug", "/etc/netfence/netfence.yaml:3"), "metadata": ({"rack": "r1"}, "flag")}
+    daemon.port.told = replace(STATUS, config=told)
+    shown = run(daemon.path, "config", "show")
+    document = json.loads(run(daemon.path, "config", "show", "--json").stdout)
+    daemon.port.told = replace(STATUS, config={})
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert [re.split(r"\s{2,}", line) for line in shown.stdout.splitlines()] == [
+        ["KEY", "VALUE", "FROM"],
+        ["log_level", "debug", "/etc/netfence/netfence.yaml:3"],
+        ["metadata", '{"rack": "r1"}', "flag"],
+    ]
+    assert document == {key: {"value": value, "source": source} for key, (value, source) in told.items()}
+    # One that is older than its command does not tell.
+    assert "0.1.0 does not tell its configuration; give --config" in said(run(daemon.path, "config", "show"), 1)
+    file = tmp_path / "netfence.yaml"
+    file.write_text("log_level: error\n")
+    shown = run(daemon.path, "config", "show", "--config", str(file))
+    assert re.search(r"log_level +error +.*netfence.yaml", shown.stdout)
+
+
+def test_config_show_without_a_daemon_is_what_one_would_take(tmp_path: Path) -> None:
+    shown = run(tmp_path / "no.sock", "config", "show", env={"NETFENCE_LOG_LEVEL": "error"})
+    assert shown.exit_code == 0
+    assert shown.stderr == (
+        "netfenced: config show: no daemon answers; shown is what `netfenced start` would take, without --config\n"
+    )
+    assert re.search(r"log_level +error +environment NETFENCE_LOG_LEVEL", shown.stdout)
+
+
 def test_config_show_tells_where_each_value_came_from(tmp_path: Path) -> None:
     file = tmp_path / "netfence.yaml"
     file.write_text("log_level: debug\ndns: {port_min: 12000}\nmetadata: {rack: r1}\n")

@@ -6,6 +6,7 @@ interface exists is the daemon's question. The control plane's messages are `con
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Final, get_args
 
@@ -165,6 +166,10 @@ def daemon_status_message(view: StatusView) -> daemon_pb2.DaemonStatus:
         uptime=duration_pb2.Duration(seconds=seconds, nanos=nanos),
         kernel_release=view.kernel_release,
         features=view.features,
+        config={
+            key: daemon_pb2.ConfigValue(json=json.dumps(value, ensure_ascii=False), source=source)
+            for key, (value, source) in view.config.items()
+        },
     )
 
 

@@ -68,7 +68,8 @@ class StatusView:
     """The daemon and its surroundings at one moment.
 
     `control_plane_state` is a number of proto ConnectionState (an IntEnum of `control.port` will do); `uptime_s` counts
-    from when the daemon was ready; `features` maps a feature to ``yes`` or ``no: why``.
+    from when the daemon was ready; `features` maps a feature to ``yes`` or ``no: why``; `config` maps a dotted key to
+    its plain value and where that came from.
     """
 
     version: str
@@ -80,6 +81,7 @@ class StatusView:
     uptime_s: float
     kernel_release: str
     features: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, tuple[object, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

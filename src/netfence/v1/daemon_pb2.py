@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from netfence.v1 import types_pb2 as netfence_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18netfence/v1/daemon.proto\x12\x0bnetfence.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17netfence/v1/types.proto\"\x83\x02\n\rAttachRequest\x12\x18\n\x0einterface_name\x18\x01 \x01(\tH\x00\x12\x15\n\x0b\x63group_path\x18\x02 \x01(\tH\x00\x12:\n\x08metadata\x18\x03 \x03(\x0b\x32(.netfence.v1.AttachRequest.MetadataEntry\x12\x1f\n\x04hook\x18\x64 \x01(\x0e\x32\x11.netfence.v1.Hook\x12)\n\tdirection\x18\x65 \x01(\x0e\x32\x16.netfence.v1.Direction\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06target\"1\n\x0e\x41ttachResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ns_address\x18\x02 \x01(\t\"\x1b\n\rDetachRequest\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"n\n\x0cListResponse\x12\x30\n\x0b\x61ttachments\x18\x01 \x03(\x0b\x32\x1b.netfence.v1.AttachmentInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x13\n\x0btotal_count\x18\x03 \x01(\x05\"\x85\x05\n\x0e\x41ttachmentInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12)\n\x04type\x18\x03 \x01(\x0e\x32\x1b.netfence.v1.AttachmentType\x12%\n\x04mode\x18\x04 \x01(\x0e\x32\x17.netfence.v1.PolicyMode\x12&\n\x08\x64ns_mode\x18\x05 \x01(\x0e\x32\x14.netfence.v1.DnsMode\x12\x13\n\x0b\x64ns_address\x18\x06 \x01(\t\x12;\n\x08metadata\x18\x07 \x03(\x0b\x32).netfence.v1.AttachmentInfo.MetadataEntry\x12\x17\n\x0fpackets_allowed\x18\x08 \x01(\x04\x12\x17\n\x0fpackets_blocked\x18\t \x01(\x04\x12\x1b\n\x13\x64ns_queries_allowed\x18\n \x01(\x04\x12\x1b\n\x13\x64ns_queries_blocked\x18\x0b \x01(\x04\x12/\n\x0b\x61ttached_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0epolicy_version\x18\x64 \x01(\t\x12\x13\n\x0bpolicy_hash\x18\x65 \x01(\t\x12\x1f\n\x04hook\x18\x66 \x01(\x0e\x32\x11.netfence.v1.Hook\x12)\n\tdirection\x18g \x01(\x0e\x32\x16.netfence.v1.Direction\x12\x18\n\x10\x61ttach_mechanism\x18h \x01(\t\x12\x1b\n\x13packets_would_block\x18i \x01(\x04\x12\r\n\x05\x61udit\x18j \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe7\x02\n\x0c\x44\x61\x65monStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tdaemon_id\x18\x02 \x01(\t\x12\x10\n\x08hostname\x18\x03 \x01(\t\x12\x39\n\x13\x63ontrol_plane_state\x18\x04 \x01(\x0e\x32\x1c.netfence.v1.ConnectionState\x12\x1d\n\x15\x63ontrol_plane_address\x18\x05 \x01(\t\x12\x18\n\x10\x61ttachment_count\x18\x06 \x01(\x05\x12)\n\x06uptime\x18\x64 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ekernel_release\x18\x65 \x01(\t\x12\x39\n\x08\x66\x65\x61tures\x18\x66 \x03(\x0b\x32\'.netfence.v1.DaemonStatus.FeaturesEntry\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\",\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08verdicts\x18\x02 \x03(\t\"\xd3\x01\n\tFlowEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07verdict\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08protocol\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x08 \x01(\t\x12\x0e\n\x06\x64omain\x18\t \x01(\t\x12\x0c\n\x04rule\x18\n \x01(\t\x12\x0c\n\x04lost\x18\x0b \x01(\x04\"-\n\x0e\x45xplainRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\":\n\x0b\x45xplainStep\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"z\n\x0e\x45xplainVerdict\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07verdict\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12(\n\x05lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa3\x01\n\x0f\x45xplainResponse\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x14\n\x0cname_verdict\x18\x02 \x01(\t\x12\'\n\x05steps\x18\x03 \x03(\x0b\x32\x18.netfence.v1.ExplainStep\x12.\n\taddresses\x18\x04 \x03(\x0b\x32\x1b.netfence.v1.ExplainVerdict\x12\x10\n\x08remedies\x18\x05 \x03(\t\"\x1c\n\x0eSuggestRequest\x12\n\n\x02id\x18\x01 \x01(\t\"1\n\x0fSuggestResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0e\n\x06missed\x18\x02 \x01(\x04*7\n\x04Hook\x12\x14\n\x10HOOK_UNSPECIFIED\x10\x00\x12\x0b\n\x07HOOK_TC\x10\x01\x12\x0c\n\x08HOOK_XDP\x10\x02*R\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTION_WORKLOAD\x10\x01\x12\x12\n\x0e\x44IRECTION_HOST\x10\x02\x32\xd7\x03\n\rDaemonService\x12\x41\n\x06\x41ttach\x12\x1a.netfence.v1.AttachRequest\x1a\x1b.netfence.v1.AttachResponse\x12<\n\x06\x44\x65tach\x12\x1a.netfence.v1.DetachRequest\x1a\x16.google.protobuf.Empty\x12;\n\x04List\x12\x18.netfence.v1.ListRequest\x1a\x19.netfence.v1.ListResponse\x12>\n\tGetStatus\x12\x16.google.protobuf.Empty\x1a\x19.netfence.v1.DaemonStatus\x12<\n\x05Watch\x12\x19.netfence.v1.WatchRequest\x1a\x16.netfence.v1.FlowEvent0\x01\x12\x44\n\x07\x45xplain\x12\x1b.netfence.v1.ExplainRequest\x1a\x1c.netfence.v1.ExplainResponse\x12\x44\n\x07Suggest\x12\x1b.netfence.v1.SuggestRequest\x1a\x1c.netfence.v1.SuggestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18netfence/v1/daemon.proto\x12\x0bnetfence.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17netfence/v1/types.proto\"\x83\x02\n\rAttachRequest\x12\x18\n\x0einterface_name\x18\x01 \x01(\tH\x00\x12\x15\n\x0b\x63group_path\x18\x02 \x01(\tH\x00\x12:\n\x08metadata\x18\x03 \x03(\x0b\x32(.netfence.v1.AttachRequest.MetadataEntry\x12\x1f\n\x04hook\x18\x64 \x01(\x0e\x32\x11.netfence.v1.Hook\x12)\n\tdirection\x18\x65 \x01(\x0e\x32\x16.netfence.v1.Direction\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06target\"1\n\x0e\x41ttachResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ns_address\x18\x02 \x01(\t\"\x1b\n\rDetachRequest\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"n\n\x0cListResponse\x12\x30\n\x0b\x61ttachments\x18\x01 \x03(\x0b\x32\x1b.netfence.v1.AttachmentInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x13\n\x0btotal_count\x18\x03 \x01(\x05\"\x85\x05\n\x0e\x41ttachmentInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12)\n\x04type\x18\x03 \x01(\x0e\x32\x1b.netfence.v1.AttachmentType\x12%\n\x04mode\x18\x04 \x01(\x0e\x32\x17.netfence.v1.PolicyMode\x12&\n\x08\x64ns_mode\x18\x05 \x01(\x0e\x32\x14.netfence.v1.DnsMode\x12\x13\n\x0b\x64ns_address\x18\x06 \x01(\t\x12;\n\x08metadata\x18\x07 \x03(\x0b\x32).netfence.v1.AttachmentInfo.MetadataEntry\x12\x17\n\x0fpackets_allowed\x18\x08 \x01(\x04\x12\x17\n\x0fpackets_blocked\x18\t \x01(\x04\x12\x1b\n\x13\x64ns_queries_allowed\x18\n \x01(\x04\x12\x1b\n\x13\x64ns_queries_blocked\x18\x0b \x01(\x04\x12/\n\x0b\x61ttached_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0epolicy_version\x18\x64 \x01(\t\x12\x13\n\x0bpolicy_hash\x18\x65 \x01(\t\x12\x1f\n\x04hook\x18\x66 \x01(\x0e\x32\x11.netfence.v1.Hook\x12)\n\tdirection\x18g \x01(\x0e\x32\x16.netfence.v1.Direction\x12\x18\n\x10\x61ttach_mechanism\x18h \x01(\t\x12\x1b\n\x13packets_would_block\x18i \x01(\x04\x12\r\n\x05\x61udit\x18j \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe7\x03\n\x0c\x44\x61\x65monStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tdaemon_id\x18\x02 \x01(\t\x12\x10\n\x08hostname\x18\x03 \x01(\t\x12\x39\n\x13\x63ontrol_plane_state\x18\x04 \x01(\x0e\x32\x1c.netfence.v1.ConnectionState\x12\x1d\n\x15\x63ontrol_plane_address\x18\x05 \x01(\t\x12\x18\n\x10\x61ttachment_count\x18\x06 \x01(\x05\x12)\n\x06uptime\x18\x64 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0ekernel_release\x18\x65 \x01(\t\x12\x39\n\x08\x66\x65\x61tures\x18\x66 \x03(\x0b\x32\'.netfence.v1.DaemonStatus.FeaturesEntry\x12\x35\n\x06\x63onfig\x18g \x03(\x0b\x32%.netfence.v1.DaemonStatus.ConfigEntry\x1a/\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aG\n\x0b\x43onfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.netfence.v1.ConfigValue:\x02\x38\x01\"+\n\x0b\x43onfigValue\x12\x0c\n\x04json\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\",\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08verdicts\x18\x02 \x03(\t\"\xd3\x01\n\tFlowEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07verdict\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08protocol\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x08 \x01(\t\x12\x0e\n\x06\x64omain\x18\t \x01(\t\x12\x0c\n\x04rule\x18\n \x01(\t\x12\x0c\n\x04lost\x18\x0b \x01(\x04\"-\n\x0e\x45xplainRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\":\n\x0b\x45xplainStep\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"z\n\x0e\x45xplainVerdict\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07verdict\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04rule\x18\x04 \x01(\t\x12(\n\x05lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa3\x01\n\x0f\x45xplainResponse\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x14\n\x0cname_verdict\x18\x02 \x01(\t\x12\'\n\x05steps\x18\x03 \x03(\x0b\x32\x18.netfence.v1.ExplainStep\x12.\n\taddresses\x18\x04 \x03(\x0b\x32\x1b.netfence.v1.ExplainVerdict\x12\x10\n\x08remedies\x18\x05 \x03(\t\"\x1c\n\x0eSuggestRequest\x12\n\n\x02id\x18\x01 \x01(\t\"1\n\x0fSuggestResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0e\n\x06missed\x18\x02 \x01(\x04*7\n\x04Hook\x12\x14\n\x10HOOK_UNSPECIFIED\x10\x00\x12\x0b\n\x07HOOK_TC\x10\x01\x12\x0c\n\x08HOOK_XDP\x10\x02*R\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTION_WORKLOAD\x10\x01\x12\x12\n\x0e\x44IRECTION_HOST\x10\x02\x32\xd7\x03\n\rDaemonService\x12\x41\n\x06\x41ttach\x12\x1a.netfence.v1.AttachRequest\x1a\x1b.netfence.v1.AttachResponse\x12<\n\x06\x44\x65tach\x12\x1a.netfence.v1.DetachRequest\x1a\x16.google.protobuf.Empty\x12;\n\x04List\x12\x18.netfence.v1.ListRequest\x1a\x19.netfence.v1.ListResponse\x12>\n\tGetStatus\x12\x16.google.protobuf.Empty\x1a\x19.netfence.v1.DaemonStatus\x12<\n\x05Watch\x12\x19.netfence.v1.WatchRequest\x1a\x16.netfence.v1.FlowEvent0\x01\x12\x44\n\x07\x45xplain\x12\x1b.netfence.v1.ExplainRequest\x1a\x1c.netfence.v1.ExplainResponse\x12\x44\n\x07Suggest\x12\x1b.netfence.v1.SuggestRequest\x1a\x1c.netfence.v1.SuggestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,10 +41,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHMENTINFO_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_DAEMONSTATUS_FEATURESENTRY']._loaded_options = None
   _globals['_DAEMONSTATUS_FEATURESENTRY']._serialized_options = b'8\001'
-  _globals['_HOOK']._serialized_start=2416
-  _globals['_HOOK']._serialized_end=2471
-  _globals['_DIRECTION']._serialized_start=2473
-  _globals['_DIRECTION']._serialized_end=2555
+  _globals['_DAEMONSTATUS_CONFIGENTRY']._loaded_options = None
+  _globals['_DAEMONSTATUS_CONFIGENTRY']._serialized_options = b'8\001'
+  _globals['_HOOK']._serialized_start=2589
+  _globals['_HOOK']._serialized_end=2644
+  _globals['_DIRECTION']._serialized_start=2646
+  _globals['_DIRECTION']._serialized_end=2728
   _globals['_ATTACHREQUEST']._serialized_start=161
   _globals['_ATTACHREQUEST']._serialized_end=420
   _globals['_ATTACHREQUEST_METADATAENTRY']._serialized_start=363
@@ -62,25 +64,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHMENTINFO_METADATAENTRY']._serialized_start=363
   _globals['_ATTACHMENTINFO_METADATAENTRY']._serialized_end=410
   _globals['_DAEMONSTATUS']._serialized_start=1317
-  _globals['_DAEMONSTATUS']._serialized_end=1676
-  _globals['_DAEMONSTATUS_FEATURESENTRY']._serialized_start=1629
-  _globals['_DAEMONSTATUS_FEATURESENTRY']._serialized_end=1676
-  _globals['_WATCHREQUEST']._serialized_start=1678
-  _globals['_WATCHREQUEST']._serialized_end=1722
-  _globals['_FLOWEVENT']._serialized_start=1725
-  _globals['_FLOWEVENT']._serialized_end=1936
-  _globals['_EXPLAINREQUEST']._serialized_start=1938
-  _globals['_EXPLAINREQUEST']._serialized_end=1983
-  _globals['_EXPLAINSTEP']._serialized_start=1985
-  _globals['_EXPLAINSTEP']._serialized_end=2043
-  _globals['_EXPLAINVERDICT']._serialized_start=2045
-  _globals['_EXPLAINVERDICT']._serialized_end=2167
-  _globals['_EXPLAINRESPONSE']._serialized_start=2170
-  _globals['_EXPLAINRESPONSE']._serialized_end=2333
-  _globals['_SUGGESTREQUEST']._serialized_start=2335
-  _globals['_SUGGESTREQUEST']._serialized_end=2363
-  _globals['_SUGGESTRESPONSE']._serialized_start=2365
-  _globals['_SUGGESTRESPONSE']._serialized_end=2414
-  _globals['_DAEMONSERVICE']._serialized_start=2558
-  _globals['_DAEMONSERVICE']._serialized_end=3029
+  _globals['_DAEMONSTATUS']._serialized_end=1804
+  _globals['_DAEMONSTATUS_FEATURESENTRY']._serialized_start=1684
+  _globals['_DAEMONSTATUS_FEATURESENTRY']._serialized_end=1731
+  _globals['_DAEMONSTATUS_CONFIGENTRY']._serialized_start=1733
+  _globals['_DAEMONSTATUS_CONFIGENTRY']._serialized_end=1804
+  _globals['_CONFIGVALUE']._serialized_start=1806
+  _globals['_CONFIGVALUE']._serialized_end=1849
+  _globals['_WATCHREQUEST']._serialized_start=1851
+  _globals['_WATCHREQUEST']._serialized_end=1895
+  _globals['_FLOWEVENT']._serialized_start=1898
+  _globals['_FLOWEVENT']._serialized_end=2109
+  _globals['_EXPLAINREQUEST']._serialized_start=2111
+  _globals['_EXPLAINREQUEST']._serialized_end=2156
+  _globals['_EXPLAINSTEP']._serialized_start=2158
+  _globals['_EXPLAINSTEP']._serialized_end=2216
+  _globals['_EXPLAINVERDICT']._serialized_start=2218
+  _globals['_EXPLAINVERDICT']._serialized_end=2340
+  _globals['_EXPLAINRESPONSE']._serialized_start=2343
+  _globals['_EXPLAINRESPONSE']._serialized_end=2506
+  _globals['_SUGGESTREQUEST']._serialized_start=2508
+  _globals['_SUGGESTREQUEST']._serialized_end=2536
+  _globals['_SUGGESTRESPONSE']._serialized_start=2538
+  _globals['_SUGGESTRESPONSE']._serialized_end=2587
+  _globals['_DAEMONSERVICE']._serialized_start=2731
+  _globals['_DAEMONSERVICE']._serialized_end=3202
 # @@protoc_insertion_point(module_scope)

@@ -134,7 +134,7 @@ class AttachmentInfo(_message.Message):
     def __init__(self, id: _Optional[str] = ..., target: _Optional[str] = ..., type: _Optional[_Union[_types_pb2.AttachmentType, str]] = ..., mode: _Optional[_Union[_types_pb2.PolicyMode, str]] = ..., dns_mode: _Optional[_Union[_types_pb2.DnsMode, str]] = ..., dns_address: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., packets_allowed: _Optional[int] = ..., packets_blocked: _Optional[int] = ..., dns_queries_allowed: _Optional[int] = ..., dns_queries_blocked: _Optional[int] = ..., attached_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., policy_version: _Optional[str] = ..., policy_hash: _Optional[str] = ..., hook: _Optional[_Union[Hook, str]] = ..., direction: _Optional[_Union[Direction, str]] = ..., attach_mechanism: _Optional[str] = ..., packets_would_block: _Optional[int] = ..., audit: _Optional[bool] = ...) -> None: ...
 
 class DaemonStatus(_message.Message):
-    __slots__ = ("version", "daemon_id", "hostname", "control_plane_state", "control_plane_address", "attachment_count", "uptime", "kernel_release", "features")
+    __slots__ = ("version", "daemon_id", "hostname", "control_plane_state", "control_plane_address", "attachment_count", "uptime", "kernel_release", "features", "config")
     class FeaturesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,13 @@ class DaemonStatus(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class ConfigEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ConfigValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ConfigValue, _Mapping]] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DAEMON_ID_FIELD_NUMBER: _ClassVar[int]
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +158,7 @@ class DaemonStatus(_message.Message):
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     KERNEL_RELEASE_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
     version: str
     daemon_id: str
     hostname: str
@@ -160,7 +168,16 @@ class DaemonStatus(_message.Message):
     uptime: _duration_pb2.Duration
     kernel_release: str
     features: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[str] = ..., daemon_id: _Optional[str] = ..., hostname: _Optional[str] = ..., control_plane_state: _Optional[_Union[_types_pb2.ConnectionState, str]] = ..., control_plane_address: _Optional[str] = ..., attachment_count: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kernel_release: _Optional[str] = ..., features: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    config: _containers.MessageMap[str, ConfigValue]
+    def __init__(self, version: _Optional[str] = ..., daemon_id: _Optional[str] = ..., hostname: _Optional[str] = ..., control_plane_state: _Optional[_Union[_types_pb2.ConnectionState, str]] = ..., control_plane_address: _Optional[str] = ..., attachment_count: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kernel_release: _Optional[str] = ..., features: _Optional[_Mapping[str, str]] = ..., config: _Optional[_Mapping[str, ConfigValue]] = ...) -> None: ...
+
+class ConfigValue(_message.Message):
+    __slots__ = ("json", "source")
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    source: str
+    def __init__(self, json: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("id", "verdicts")

@@ -65,6 +65,7 @@ STATUS = StatusView(
     uptime_s=3723.5,
     kernel_release="6.18.0",
     features={"tcx": "yes", "ringbuf": "no: needs Linux 5.8"},
+    config={"log_level": ("info", "default"), "metadata": ({"rack": "r1"}, "flag")},
 )
 
 
@@ -93,6 +94,7 @@ class FakeDaemon:
 
     def __init__(self, views: Sequence[AttachmentInfoView] = ()) -> None:
         self.views = list(views)
+        self.told = STATUS
         self.specs: list[AttachSpec] = []
         self.failure: Exception | None = None
         self.explanation = EXPLANATION
@@ -148,7 +150,7 @@ class FakeDaemon:
 
     async def status(self) -> StatusView:
         self._fail()
-        return replace(STATUS, attachment_count=len(self.views))
+        return replace(self.told, attachment_count=len(self.views))
 
     @contextmanager
     def watch(self, attachment_id: str, verdicts: Collection[FlowVerdict]) -> Iterator[Watcher]:

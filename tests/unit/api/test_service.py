@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -328,6 +329,7 @@ def test_status_carries_every_field(tmp_path: Path) -> None:
         assert (answer.control_plane_address, answer.attachment_count) == ("file:/etc/policy.yaml", 1)
         assert (answer.uptime.seconds, answer.uptime.nanos) == (3723, 500_000_000)
         assert (answer.kernel_release, dict(answer.features)) == ("6.18.0", STATUS.features)
+        assert {key: (json.loads(one.json), one.source) for key, one in answer.config.items()} == STATUS.config
 
     run(test())
 
