@@ -111,10 +111,12 @@ struct inbound {
     __u64 state;
 };
 
-/* Entries in use = added - removed; the kernel only adds, user space only removes, so neither needs a lock. */
+/* Entries in use = added - removed; the kernel only adds, user space only removes, so neither needs a lock. `missed` counts
+ * SYNs of connections for which there was no room. */
 struct inbound_count {
     __u32 added;
     __u32 removed;
+    __u64 missed;
 };
 
 struct endpoint {

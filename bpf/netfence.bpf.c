@@ -339,11 +339,14 @@ static __always_inline void note_inbound(const struct packet *packet, __u64 slot
             inbound->last_use = now;
         return;
     }
-    if (!syn || used->added - used->removed >= NF_INBOUND_PER_SLOT)
+    if (!syn)
         return;
     struct inbound fresh = {.last_use = now, .state = NF_INBOUND_SYN};
-    if (bpf_map_update_elem(MAP(FD_INBOUND), &key, &fresh, BPF_NOEXIST) == 0)
+    if (used->added - used->removed < NF_INBOUND_PER_SLOT &&
+        bpf_map_update_elem(MAP(FD_INBOUND), &key, &fresh, BPF_NOEXIST) == 0)
         __sync_fetch_and_add(&used->added, 1);
+    else
+        __sync_fetch_and_add(&used->missed, 1);
 }
 
 static __always_inline const struct config *config_of(__u64 slot)

@@ -1,4 +1,4 @@
-"""The click commands; the only place that prints.
+"""The click commands; with `command` and the other `cli_` modules the only place that prints.
 
 Answers go to stdout, everything else to stderr as ``netfenced: <what>: <why>; <remedy>``. Exit status: 0 done, 1 the
 operation failed, 2 bad usage, 3 no daemon reachable. Heavy imports (gRPC, rich, the daemon itself) happen in the
@@ -131,7 +131,7 @@ netfenced attach -i eth0 --direction host
     type=click.Choice(["auto", "tc", "xdp"]),
     default="auto",
     show_default=True,
-    help="Program type for an interface; auto is tc. xdp drops floods earlier but slows what passes: see the README.",
+    help="Program type for an interface; auto is tc. xdp drops floods earlier but slows what passes.",
 )
 @click.option(
     "--direction",

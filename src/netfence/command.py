@@ -1,7 +1,7 @@
 """What all commands of `netfenced` share: exit statuses, the form of errors, output, options, completion.
 
-With `cli` the only place that prints. Heavy imports (gRPC, rich) happen where they are needed: `--help`, `--version`
-and bad usage stay instant.
+With `cli` and the `cli_` modules the only place that prints. Heavy imports (gRPC, rich) happen where they are needed:
+`--help`, `--version` and bad usage stay instant.
 """
 
 from __future__ import annotations

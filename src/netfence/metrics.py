@@ -91,6 +91,12 @@ FAMILIES: Final = (
         "Answers withheld because their addresses could not be opened: a table was full.",
     ),
     Family(
+        "netfence_inbound_not_noted",
+        "counter",
+        ("attachment",),
+        "SYNs from outside that were not noted for want of room; answers to them are dropped.",
+    ),
+    Family(
         "netfence_audit_not_remembered",
         "counter",
         ("attachment", "kind"),

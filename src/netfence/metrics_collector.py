@@ -80,7 +80,10 @@ class Collector:
         if live.in_front:
             add("netfence_programs_in_front", len(live.in_front), one)
         _add_queries(page, live)
-        missed = self._lifecycle.parts.plane.seen_missed(row.slot)
+        plane = self._lifecycle.parts.plane
+        if missed := plane.inbound_missed(row.slot):
+            add("netfence_inbound_not_noted", missed, one)
+        missed = plane.seen_missed(row.slot)
         for kind, count in (("packets", missed), ("names", attachment.audited.forgotten)):
             if count:
                 add("netfence_audit_not_remembered", count, one, kind)

@@ -188,6 +188,9 @@ def test_the_table_of_connections_is_bounded_for_each_attachment(
             sender.send(bytes(frame))
     sender.close()
     assert flooded.noted == bound
+    missed = fence.plane.inbound_missed(flooded.place.attachment.slot)
+    assert missed == 500 + 1  # the connection of `reached_from` has a place too
+    assert fence.plane.inbound_missed(spared.place.attachment.slot) == 0
     assert not flooded.reached_from(internet_agent)
     assert spared.reached_from(internet_agent)
     assert spared.noted == 2
@@ -203,4 +206,7 @@ def test_detach_forgets_the_connections(fence: Fence, workload: Workload, from_i
         fenced.replace(Mode.ALLOWLIST)
         from_internet(workload, "ipv4", "S")
         assert fence.plane._inbound.shares.of(fenced.slot) == 1
+        fence.plane._inbound.shares._long_words[fenced.slot * 2 + 1] = 7
+        assert fence.plane.inbound_missed(fenced.slot) == 7
     assert fence.plane._inbound.shares.of(fenced.slot) == 0
+    assert fence.plane.inbound_missed(fenced.slot) == 0

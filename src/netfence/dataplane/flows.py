@@ -117,8 +117,6 @@ class SeenMap:
         self._key = layout.packer("seen_key", "slot", "destination", "port", "protocol")
         self._value = layout.packer("seen", "packets", "bytes")
         self._shares = Shares(count, layout, "seen_count")
-        self._missed, self._stride = self._shares.memory.cast("Q"), self._shares.stride // 8
-        self._missed_at = layout.fields["seen_count"]["missed"].offset // 8
         self._lock = threading.Lock()  # two walks at once would lose a count
 
     def read(self, slot: int) -> tuple[list[Seen], int]:
@@ -133,7 +131,7 @@ class SeenMap:
 
     def missed(self, slot: int) -> int:
         """Return the slot's packets for whose destinations there was no room."""
-        return self._missed[slot * self._stride + self._missed_at]
+        return self._shares.missed(slot)
 
     def clear(self, slot: int) -> None:
         """Forget all that the slot has; nothing may be added meanwhile but what is to be forgotten too."""
@@ -141,7 +139,7 @@ class SeenMap:
             for key in self._keys(slot):
                 if self._map.delete(key):
                     self._shares.note_removed(slot)  # one by one: who dies here takes one entry of the share, not all
-            self._missed[slot * self._stride + self._missed_at] = 0
+            self._shares.forget_missed(slot)
 
     def _keys(self, slot: int) -> list[bytes]:
         if not self._shares.of(slot):  # most were never audited, and a walk may be long

@@ -138,3 +138,5 @@ class InboundMap:
                 gone = owner == slot if slot is not None else now - last_use > limit
                 if gone and self._map.delete(key):
                     self.shares.note_removed(owner)
+            if slot is not None:
+                self.shares.forget_missed(slot)

@@ -386,6 +386,10 @@ class DataPlane:
         """Return where audit mode let packets through, and how many packets are missing there. Walks a map: blocks."""
         return self._seen.read(slot)
 
+    def inbound_missed(self, slot: int) -> int:
+        """Return how many connections begun from outside were not noted for want of room, SYN by SYN."""
+        return self._inbound.shares.missed(slot)
+
     def seen_missed(self, slot: int) -> int:
         """Return how many packets are missing from what `seen` returns."""
         return self._seen.missed(slot)
