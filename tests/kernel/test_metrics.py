@@ -534,15 +534,16 @@ def test_it_listens_where_it_is_told(fresh: Fresh, start: Start, listen: str) ->
 # -- many attachments --------------------------------------------------------------------------------------------------
 
 LONGEST_S = 0.2
+MANY = 1000
 ROUNDS = 5
 
 
 @pytest.mark.parametrize(
     ("attachments", "longest_s"),
     [
-        pytest.param(60, 2.0 * SLOWNESS, id="60"),
+        pytest.param(60, LONGEST_S * SLOWNESS, id="60"),
         pytest.param(
-            1000, LONGEST_S, id="1000", marks=[pytest.mark.nightly, pytest.mark.serial, pytest.mark.timeout(900)]
+            MANY, LONGEST_S, id="1000", marks=[pytest.mark.nightly, pytest.mark.serial, pytest.mark.timeout(900)]
         ),
     ],
 )
@@ -566,6 +567,8 @@ def test_how_long_a_scrape_takes(
     record_property("lines", len(page.text.splitlines()))
     # The daemon's own time: what else runs here makes a scrape take longer, and is none of it.
     assert min(cpu for _, cpu in taken) <= longest_s, taken
+    if attachments == MANY:  # nothing else runs
+        assert min(wall for wall, _ in taken) <= longest_s, taken
 
 
 def made_anew(daemon: Netfenced) -> tuple[float, float]:

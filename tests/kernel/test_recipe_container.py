@@ -13,6 +13,7 @@ from container import Container
 from demo import SITE, STRANGER, internet
 from harness.cgroup import Cgroup
 from harness.daemon import Netfenced, host_port
+from harness.deadline import SLOWNESS
 from harness.fresh import Fresh
 from harness.topology import Topology
 from netfence.policy.modes import Reason
@@ -28,7 +29,7 @@ from recipes import (
     fetch,
 )
 
-pytestmark = [pytest.mark.userspace, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(40 * SLOWNESS, func_only=True)]
 
 POLICY: dict[str, Any] = {
     "attachments": [

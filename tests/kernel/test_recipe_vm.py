@@ -11,6 +11,7 @@ import pytest
 from demo import SITE, internet
 from guest import Guest
 from harness.daemon import host_port
+from harness.deadline import SLOWNESS
 from harness.fresh import Fresh
 from harness.needs import not_in_guest
 from harness.topology import NAMESERVER4, Topology
@@ -19,7 +20,8 @@ from kernellist import load
 from netfence.policy.modes import Reason
 from recipes import DNS_OF_ITS_OWN, METADATA, NO_NAME, STRANGERS, UNKNOWN, can_have_addresses, dropped, fetch
 
-pytestmark = [pytest.mark.userspace, pytest.mark.timeout(600)]
+# With the containers' 2 × 40 s three minutes at most; to fetch the kernel, which `kernel` does, is not of it.
+pytestmark = [pytest.mark.userspace, pytest.mark.timeout(100 * SLOWNESS, func_only=True)]
 
 GUEST_KERNEL = "6.1"
 # Between the topology's workloads and its bridge.

@@ -20,7 +20,7 @@ from flood import flood
 from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.daemon import PROGRAM
-from harness.deadline import wait_for
+from harness.deadline import SLOWNESS, wait_for
 from harness.packets import TCP4_SYN, UDP4, UDP6
 from harness.spawn import spawn, stop
 from harness.topology import Topology, Workload
@@ -394,6 +394,7 @@ def test_a_reader_that_does_not_read_holds_no_memory(
 
 LOOKS, LOOK_S = 3, 1.5
 MOST_OF_A_CORE = 0.2
+FLOOD_PER_S = 100_000 / SLOWNESS
 
 
 @pytest.mark.serial
@@ -415,7 +416,10 @@ def test_a_flood_that_four_watch_costs_the_daemon_a_fraction_of_a_core(
     record_property("drops_per_s", [round(rate) for rate in rates])
     record_property("of_a_core", [round(share, 3) for share in shares])
     assert any(event.lost for event in watching[0].told)
-    assert min(shares) < MOST_OF_A_CORE, (shares, rates)  # the least: other work here makes the same cost more
+    # The least: other work here makes the same cost more. Of the looks that saw such a flood.
+    floods = [share for share, rate in zip(shares, rates, strict=True) if rate >= FLOOD_PER_S]
+    assert floods, f"no look saw {FLOOD_PER_S} drops a second: {rates}"
+    assert min(floods) < MOST_OF_A_CORE, (shares, rates)
 
 
 def on_cpu(daemon: Fenced) -> float:
