@@ -43,6 +43,8 @@ from harness.spawn import spawn, stop
 from harness.topology import Topology, Workload
 from harness.wire import harness_cpu
 from netfence.api.client import RefusedError, UnreachableError
+from netfence.api.views import HookWish
+from netfence.policy_codec import Clock, decode
 from netfence.store import DATABASE
 
 PROBER = Path(__file__).with_name("prober.py")
@@ -52,8 +54,10 @@ LEARNED4, LEARNED6 = "203.0.113.80", "2001:db8:b::80"
 RECORDS = (f"good.test. 300 IN A {LEARNED4}", f"good.test. 300 IN AAAA {LEARNED6}")
 MARKERS = 100
 LARGE = 3000  # rules: enough for a kill to come while they are written
-CHURNED = 3
+CHURNED = 4  # by TC twice, by XDP, and a cgroup
+XDP, CGROUP = 2, 3
 LONGEST_S = 0.2  # from the first operation to the kill
+START_S = 0.8  # a start that is killed too: about as long as a whole one
 AT_ONCE = 3
 
 
@@ -169,9 +173,12 @@ class Fleet:
             topology.ignore(*PROBES)
             self._far = stack.enter_context(closing(FarEnd(topology, addresses)))
             self.plane = stack.enter_context(ControlPlaneProcess(topology.host))
-            group = Cgroup(f"anchor-{id(self):x}")
-            stack.callback(group.remove)
-            targets: list[Workload | Cgroup] = [*(topology.add_veth() for _ in range(CHURNED + 1)), group]
+            groups = [Cgroup(f"{name}-{id(self):x}") for name in ("churned", "anchor")]
+            for group in groups:
+                stack.callback(group.remove)
+            targets: list[Workload | Cgroup] = [topology.add_veth() for _ in range(CHURNED)]
+            targets[CGROUP:CGROUP] = [groups[0]]
+            targets.append(groups[1])
             config = self.plane.config()
             self.daemon = stack.enter_context(Fenced(topology, directory, tcx=tcx, policy=None, config=config))
             self._stream = self.plane.stream
@@ -205,18 +212,25 @@ class Fleet:
         chosen = self.random.sample(self.members, self.random.randint(1, AT_ONCE))
         work = [(member, self._choose(member)) for member in chosen]
         removal = self._make_target() if self.random.random() < 0.3 else None
+        early_s = self.random.uniform(0, START_S) if kill and self.random.random() < 0.3 else None
         pause_s = self.random.uniform(0, LONGEST_S)
         names = [f"{do.__name__.strip('_')} {member.number}" for member, do in work] + ["removal"] * bool(removal)
         self.story.append(", ".join(names) + (f", kill after {1000 * pause_s:.0f} ms" if kill else ""))
+        if early_s is not None:
+            self.story[-1] += f", and its next start after {1000 * early_s:.0f} ms"
         with ThreadPoolExecutor(AT_ONCE + 1) as pool:
             futures: list[Future[None]] = [pool.submit(do, member) for member, do in work]
             if removal:
-                futures.append(pool.submit(self._remove, removal))
+                futures.append(pool.submit(removal))
             if kill:
                 time.sleep(pause_s)
                 self.daemon.kill()
             for future in futures:
                 future.result()
+        if early_s is not None:
+            self.daemon.launch()
+            time.sleep(early_s)
+            self.daemon.kill()
         if kill:
             began = time.monotonic()
             self.daemon.start()
@@ -247,7 +261,8 @@ class Fleet:
         member.said, member.maybe, member.learned, member.blocked = [said], True, False, 0
         try:
             if isinstance(member.target, Workload):
-                attached = self.daemon.attach(interface=member.target.host_if)
+                hook: HookWish = "xdp" if member.number == XDP else "auto"
+                attached = self.daemon.attach(interface=member.target.host_if, hook=hook)
             else:
                 attached = self.daemon.attach(cgroup=member.target)
         except (UnreachableError, RefusedError):
@@ -293,23 +308,26 @@ class Fleet:
             return
         member.learned |= [str(record.rdata) for record in answer.rr] == [LEARNED4]
 
-    def _make_target(self) -> str:
+    def _make_target(self) -> Callable[[], None]:
+        """Attach something, and return what removes it."""
         self._gone += 1
         name = f"gone{self._gone}"
-        self._topology.host.ip(f"link add {name} type veth peer name {name}p", f"link set {name} up")
         said = self._say()
+        if self.random.random() < 0.5:
+            group = Cgroup(f"{name}-{id(self):x}")
+            self.plane.on_subscribed(said.ack(), target=str(group.path))
+            self.daemon.attach(cgroup=group)
+            return group.remove
+        self._topology.host.ip(f"link add {name} type veth peer name {name}p", f"link set {name} up")
         self.plane.on_subscribed(said.ack(), target=name)
         self.daemon.attach(interface=name, direction="workload")
-        return name
-
-    def _remove(self, name: str) -> None:
-        self._topology.host.ip(f"link del {name}")
+        return lambda: self._topology.host.ip(f"link del {name}")
 
     # -- what must be true of it ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Compare what is with what must be."""
-        wait_for(lambda: not any(one.target.startswith("gone") for one in self.daemon.attachments()), "the removed")
+        wait_for(lambda: not any("gone" in one.target for one in self.daemon.attachments()), "the removed")
         listed = {info.target: info for info in self.daemon.attachments()}
         for member in self.members:
             info = listed.pop(member.name, None)
@@ -325,21 +343,26 @@ class Fleet:
                 member.leaked = self._leaked(member)
             member.maybe = False
             self._as_said(member, info)
+            assert self._stored()[member.id] == member.said[0].hash()
             self._holds(member)
             self._enforced(member)
         assert not listed, f"attached by nobody: {listed}"
         ids = {member.id for member in self.members if member.id}
         # Of a removed target these go last.
-        wait_for(lambda: self._pinned() == self._stored() == ids, "pins and rows of what is attached, and no others")
+        wait_for(
+            lambda: self._pinned() == set(self._stored()) == ids, "pins and rows of what is attached, and no others"
+        )
         defects = [entry for entry in self.daemon.events() if "exception" in entry or entry["level"] == "critical"]
         assert not defects, defects
 
     def _pinned(self) -> set[str]:
         return {pin.rpartition("-")[0] for pin in self.daemon.link_pins()}
 
-    def _stored(self) -> set[str]:
+    def _stored(self) -> dict[str, str]:
+        """Return the hash of each policy that is stored, by the attachment's id."""
+        clock = Clock.now()
         with closing(sqlite3.connect(f"file:{self.daemon.directory / 'data' / DATABASE}?mode=ro", uri=True)) as state:
-            return {row[0] for row in state.execute("SELECT id FROM attachments")}
+            return {row[0]: decode(row[1], clock).hash() for row in state.execute("SELECT id, policy FROM attachments")}
 
     def _as_said(self, member: Member, info: Any) -> None:
         """See that the daemon says it has one of the policies that it may have, which is the only one from now on."""
@@ -378,8 +401,13 @@ class Fleet:
 
     def _is_open(self, member: Member) -> None:
         """See that nothing is left of the fence of what is not attached."""
-        assert isinstance(member.target, Workload)
-        assert [self._arrived(member.target, address) for address in shut(member.number)] == [3, 3]
+        if isinstance(member.target, Workload):
+            assert [self._arrived(member.target, address) for address in shut(member.number)] == [3, 3]
+            return
+        before = self._leaked(member)
+        with member.agent.udp() as sock:
+            sock.sendto(b"x", (shut(member.number)[0], 9))
+        wait_for(lambda: self._leaked(member) == before + 1, "a datagram of a cgroup without a fence")
 
     def _arrived(self, workload: Workload, address: str) -> int:
         return self._topology.arrived(workload, UDP6 if ":" in address else UDP4, address)

@@ -161,6 +161,33 @@ class Guest:
                         sent[sock] += sock.send(piece[sent[sock] % len(piece) :])
         return {"count": sum(sent.values()) // (len(message) + 2), "codes": {}}
 
+    def wide(self, pattern: str, names: int, window: int) -> Answer:
+        """Ask for names with very many addresses over TCP connections, some at once on each, and read the answers."""
+        codes: Counter[int] = Counter()
+        asked = 0
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket.create_connection(self._server)) for _ in range(8)]
+            read = {sock: bytearray() for sock in socks}
+            waiting = dict.fromkeys(socks, 0)
+            for sock in socks:
+                sock.settimeout(LOST_S)
+            while not told_to_end():
+                for sock in socks:
+                    while waiting[sock] < window:
+                        message = query(pattern.format(asked % names), asked)
+                        sock.sendall(len(message).to_bytes(2, "big") + message)
+                        asked, waiting[sock] = asked + 1, waiting[sock] + 1
+                for sock in select.select(socks, [], [], 0.1)[0]:
+                    if not (data := sock.recv(1 << 16)):
+                        raise ConnectionError("the server closed a connection that asks")
+                    got = read[sock]
+                    got += data
+                    while len(got) > 2 and len(got) >= (size := int.from_bytes(got[:2], "big")) + 2:
+                        codes[got[5] & 15] += 1
+                        waiting[sock] -= 1
+                        del got[: size + 2]
+        return {"count": codes.total(), "codes": codes}
+
     def connections(self, count: int, at_once: int) -> Answer:
         """Open TCP connections, keep each until the server closes it, and say nothing on them.
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.dealt
 
 ALLOWED = {"ipv4": "203.0.113.80", "ipv6": "2001:db8:b::80"}
 DENIED = {"ipv4": "203.0.113.81", "ipv6": "2001:db8:b::81"}
-SWITCHES, FEWER_SWITCHES, RULES = (200, 40, 3000) if SLOWNESS == 1 else (20, 10, 300)
+SWITCHES, FEWER_SWITCHES, RULES = (200, 40, 3000) if SLOWNESS == 1 else (10, 6, 150)
 
 
 def arrived(topology: Topology, workload: Workload, to: str) -> int:
