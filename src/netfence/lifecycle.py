@@ -35,7 +35,7 @@ from netfence.dataplane.target import (
     resolve_interface,
 )
 from netfence.dns.cache import SharedCache
-from netfence.dns.server import DnsServer, Totals, Turns
+from netfence.dns.server import DnsServer, Totals
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
@@ -129,7 +129,6 @@ class Lifecycle:
             search_suffixes(config.dns.search_domains),
         )
         self.table = LeaseTable(config.dns.max_leases_total)
-        self._turns = Turns()
         self.tally, self.dns_totals = Tally(), Totals()
 
     def __len__(self) -> int:
@@ -293,8 +292,8 @@ class Lifecycle:
             tally=self.tally,
         )
         device = _dns_device(target, direction)
-        dns, turns, totals = parts.dns, self._turns, self.dns_totals
-        server = DnsServer(attachment, dns, parts.cache, parts.resolver, device=device, turns=turns, totals=totals)
+        dns, totals = parts.dns, self.dns_totals
+        server = DnsServer(attachment, dns, parts.cache, parts.resolver, device=device, totals=totals)
         return Live(attachment, target, direction, server, Endpoint(row.dns_host, row.dns_port))
 
     def register(self, live: Live) -> None:

@@ -88,7 +88,7 @@ class Handler:
         self._settings = settings
         self._cap_s = int(settings.max_lease_s)
         self._cache = cache
-        self._resolver = resolver
+        self._resolver, self._turns = resolver, resolver.turns
         self._space = guard.PrivateSpace(settings.allow_private)
         self._proxy = ProxyBook(gate, clock)
         self._waiting = 0
@@ -102,6 +102,7 @@ class Handler:
         self._closed = True
         await self._proxy.close()
         self._cache.forget_owner(self)
+        self._turns.forget(self)
         self.counts.close()
 
     def watch(self, sink: Sink | None, *, passes: bool = True) -> None:
@@ -212,7 +213,7 @@ class Handler:
         answer = self._cache.get(key, self.clock())
         if answer is not None:
             self.counts.hits += 1
-            asked.send(self._finish(asked, verdict, answer))
+            self._go_on(asked, None, answer)
             return
         self.counts.misses += 1
         if self._may_wait(asked):
@@ -222,16 +223,29 @@ class Handler:
         """Count a query that has to wait; when too many do, answer it with SERVFAIL."""
         if self._waiting >= MAX_OUTSTANDING:
             self.counts.totals.over_waiting += 1
-            self._note(asked, False, "overload")
-            ede = Ede(EDE_OTHER, "netfence: too many queries wait for an answer")
-            asked.send(message.reply(asked.query, SERVFAIL, ede))
+            self._refuse_overload(asked)
             return False
         self._waiting += 1
         return True
 
+    def _refuse_overload(self, asked: _Asked) -> None:
+        self._note(asked, False, "overload")
+        ede = Ede(EDE_OTHER, "netfence: too many queries wait for an answer")
+        asked.send(message.reply(asked.query, SERVFAIL, ede))
+
     def _resume(self, asked: _Asked, key: CacheKey | None, got: Answer | Verdict | NetfenceError) -> None:
         """Go on with what was waited for: the answer of an upstream (`key`) or a decision. Never raises."""
         self._waiting -= 1
+        self._go_on(asked, key, got)
+
+    def _go_on(self, asked: _Asked, key: CacheKey | None, got: Answer | Verdict | NetfenceError) -> None:
+        """Go on when it is our turn, which is now unless our answers have cost others too much."""
+        if not self._turns.run(self, partial(self._land, asked, key, got)):
+            self.counts.totals.over_waiting += 1
+            self._refuse_overload(asked)
+
+    def _land(self, asked: _Asked, key: CacheKey | None, got: Answer | Verdict | NetfenceError) -> None:
+        """Answer with what was found out, or ask anew. Never raises."""
         if self._closed:
             return  # and out of the cache: nobody would ever free what is charged to us now
         if key is not None and isinstance(got, Answer):

@@ -24,11 +24,11 @@ from netfence.dns.handler import Handler
 from netfence.dns.limits import MAX_TCP_CONNECTIONS
 from netfence.dns.settings import DnsSettings
 from netfence.dns.tcp import TcpConnection
-from netfence.dns.turns import Reader, Turns
+from netfence.dns.turns import Reader
 from netfence.dns.upstream import Resolver
 from netfence.log import LogLimit
 
-__all__ = ["DnsServer", "DnsSettings", "Gate", "Looked", "ProxyAnswer", "Resolver", "SharedCache", "Totals", "Turns"]
+__all__ = ["DnsServer", "DnsSettings", "Gate", "Looked", "ProxyAnswer", "Resolver", "SharedCache", "Totals"]
 
 _BACKLOG = 64
 _MAX_DATAGRAM = 65_535
@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 
 class DnsServer:
-    """Serves one attachment's workload. `cache`, `resolver` and `turns` are shared by all servers of the daemon.
+    """Serves one attachment's workload. `cache` and `resolver` (with its turns) are shared by all servers of a daemon.
 
     `device` is the index of the interface by which the workload's queries arrive, 0 where that cannot be told. Bound
     to it, the server hears nobody else (semantics.md 20), and an answer to a forged source cannot leave the host by
@@ -54,11 +54,10 @@ class DnsServer:
         clock: Callable[[], float] = time.monotonic,
         *,
         device: int = 0,
-        turns: Turns | None = None,
         totals: Totals | None = None,
     ) -> None:
         self._device = device
-        self._turns = Turns() if turns is None else turns
+        self._turns = resolver.turns
         self._handler = Handler(gate, settings, cache, resolver, clock, totals)
         self._readers: tuple[Reader, ...] = ()
         self._listener: _Listener | None = None

@@ -4,7 +4,11 @@ A `Reader` answers what comes at once, as long as a slice lasts. Who has more wa
 which gives one slice to one of them in each turn of the loop, in order: however many workloads ask more than we can
 answer, what comes for all others meanwhile is met between two slices. And while others ask too, those in the queue get
 no more than a share of the loop's time, whatever their queries cost later on: of what comes at any moment, more finds
-the loop idle than not. Knows nothing of what is read.
+the loop idle than not.
+
+What has to be done for a query later (`Turns.run`) may take long by itself: an answer with hundreds of addresses takes
+milliseconds. Whose work did that while others ask does its next work in the lane, one piece at a time, when its share
+of the loop has paid for the last one. Knows nothing of what is read or done.
 """
 
 from __future__ import annotations
@@ -50,6 +54,18 @@ STARVED_S: Final = 0.005
 ASKING_S: Final = 0.25
 """How long who has asked counts as asking: beyond it the queue may have all of the loop."""
 
+NORM_S: Final = 0.0003
+"""Time of the loop that one piece of work may take and cost nothing: twice that of a usual answer."""
+
+LANE_SHARE: Final = 0.2
+"""Of the loop's time, what all those together have in the lane whose pieces take longer than `NORM_S`."""
+
+MOST_DEBT_S: Final = 1.0
+"""How long anybody waits for its next piece of work, whatever the last one took."""
+
+MAX_IN_LANE: Final = 32
+"""Pieces of work of one owner that wait in the lane, with up to 64 kB each."""
+
 PAUSE_S: Final = 0.1
 """How long a socket for which the kernel has nothing but errors (no descriptor left) is left alone."""
 
@@ -76,6 +92,10 @@ class Turns:
         self._credit = self._at = self._busy = self._served = 0.0
         self._worked_at = float("-inf")
         self._long_from = float("-inf")  # when the next slice may be a long one
+        self._debts: dict[object, float] = {}  # until when whose work has to go by the lane
+        self._within = 0.0  # time of pieces of work that were done within the one under way
+        self._lane: dict[object, deque[Callable[[], None]]] = {}  # who is first had its last turn longest ago
+        self._lane_timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -93,6 +113,72 @@ class Turns:
             self._last, self._other_at = owner, self._last_at
         self._last_at = self.clock()
         self._served += self._last_at - began
+
+    def run(self, owner: object, work: Callable[[], None]) -> bool:
+        """Do a piece of work for an owner, now or in its turn in the lane; False if too much of its waits there.
+
+        `work` must not raise. It may do pieces of work of others within it, which are theirs.
+        """
+        now = self.clock()
+        if self._in_debt(owner, now) or owner in self._lane:
+            waiting = self._lane.setdefault(owner, deque())
+            if len(waiting) >= MAX_IN_LANE:
+                return False
+            waiting.append(work)
+            if len(waiting) == 1:
+                self._await_lane(now)
+            return True
+        self._do(owner, work, now)
+        return True
+
+    def forget(self, owner: object) -> None:
+        """Forget what an owner owes; what it has in the lane is done all the same."""
+        self._debts.pop(owner, None)
+
+    def _do(self, owner: object, work: Callable[[], None], began: float) -> None:
+        outer, self._within = self._within, 0.0
+        try:
+            work()
+        finally:
+            now = self.clock()
+            took = now - began
+            over = took - self._within - NORM_S
+            self._within = outer + took
+            if over > 0 and self._others_ask(owner, began):
+                self._debts = {one: until for one, until in self._debts.items() if until > now}
+                until = max(self._debts.get(owner, now), now) + over * (len(self._debts) + 1) / LANE_SHARE
+                self._debts[owner] = min(until, now + MOST_DEBT_S)
+
+    def _in_debt(self, owner: object, now: float) -> bool:
+        until = self._debts.get(owner)
+        return until is not None and until > now and self._others_ask(owner, now)
+
+    def _await_lane(self, now: float) -> None:
+        """Have the lane go on when the first of those who wait in it may."""
+        if self._lane_timer is not None:
+            self._lane_timer.cancel()
+            self._lane_timer = None
+        if self._lane:
+            until = min(self._debts.get(owner, now) for owner in self._lane)
+            # The loop's timers are no finer; and between two pieces of work it is everybody else's turn.
+            self._lane_timer = asyncio.get_running_loop().call_later(max(until - now, REST_S), self._lane_turn)
+
+    def _lane_turn(self) -> None:
+        now = self.clock()
+        for owner, waiting in self._lane.items():
+            if not self._in_debt(owner, now):
+                del self._lane[owner]
+                work = waiting.popleft()
+                if waiting:
+                    self._lane[owner] = waiting
+                try:
+                    self._do(owner, work, now)
+                finally:
+                    later = self.clock()
+                    self._served += later - now  # no part of what the queue owes
+                    self._await_lane(later)
+                return
+        self._await_lane(now)
 
     def join(self, owner: object, work: Work) -> None:
         """Give `work` its slices, from the next turn of the loop on, until it says that nothing is left."""

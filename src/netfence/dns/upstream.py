@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import structlog
 
@@ -24,9 +25,12 @@ from netfence.dns.exchange import SPOOFED, TIMED_OUT, UdpExchanger, ask_tcp
 from netfence.dns.limits import MAX_FLIGHTS, MAX_FREE_FLIGHTS, RESOLVE_DEADLINE_S
 from netfence.dns.message import upstream_query
 from netfence.dns.settings import DnsSettings, Upstream, upstreams_of
+from netfence.dns.turns import Turns
 from netfence.dns.wire import REFUSED, SERVFAIL, Query, WireError
 from netfence.errors import ExhaustedError, NetfenceError, UnavailableError
 from netfence.log import LogLimit
+
+TOLD_AT_ONCE: Final = 4
 
 Done = Callable[[Answer | NetfenceError], None]
 
@@ -36,8 +40,11 @@ log = structlog.get_logger(__name__)
 class Resolver:
     """Asks upstreams; shared by all attachments of the daemon. Bound to the event loop that first uses it."""
 
-    def __init__(self, settings: DnsSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, settings: DnsSettings, clock: Callable[[], float] = time.monotonic, turns: Turns | None = None
+    ) -> None:
         self.clock = clock
+        self.turns = turns or Turns()
         self.timeout_s = settings.timeout_s
         self.attempts = settings.attempts
         self.udp = UdpExchanger(settings.timeout_s)
@@ -192,20 +199,38 @@ class _Flight:
         """Take the response of the current upstream, or the reason why there is none."""
         try:
             if data is not None:
-                self._on_response(data, tcp=False)
+                self._take(data, tcp=False)
             elif why == SPOOFED:
                 self._resolver.note_mismatch(self._current)
                 self._resolver.spawn(self._over_tcp(), "dns-tcp")
             else:
                 self._note(why, "timeout" if why == TIMED_OUT else "socket")
                 self.next_try()
-        except Exception as error:
-            if self._resolver.failures.due(self._resolver.clock()):
-                count = self._resolver.failures.count
-                log.exception("dns_flight_failed", upstream=self._current.text, error=repr(error), since_start=count)
-            self.fail("internal error")
+        except Exception as error:  # noqa: BLE001 - logged; whoever waits is answered
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        if self._resolver.failures.due(self._resolver.clock()):
+            count = self._resolver.failures.count
+            log.error(
+                "dns_flight_failed", upstream=self._current.text, error=repr(error), since_start=count, exc_info=error
+            )
+        self.fail("internal error")
+
+    def _take(self, data: bytes, *, tcp: bool) -> None:
+        """Read a response when it is the turn of who asked."""
+        if not self._resolver.turns.run(self.owner, partial(self._on_response, data, tcp=tcp)):
+            self._resolver.counts.refused += 1
+            self.fail("too many large answers wait")
 
     def _on_response(self, data: bytes, *, tcp: bool) -> None:
+        """Read a response. Never raises."""
+        try:
+            self._read(data, tcp=tcp)
+        except Exception as error:  # noqa: BLE001 - the same
+            self._failed(error)
+
+    def _read(self, data: bytes, *, tcp: bool) -> None:
         try:
             answer = scan(data, len(self._question), self._name, self._qtype, self._resolver.clock())
         except WireError as error:
@@ -233,7 +258,7 @@ class _Flight:
             self.fail("internal error")
             raise
         else:
-            self._on_response(data, tcp=True)
+            self._take(data, tcp=True)
 
     def fail(self, why: str) -> None:
         """End without an answer."""
@@ -241,6 +266,13 @@ class _Flight:
 
     def _end(self, result: Answer | NetfenceError) -> None:
         self._resolver.land(self)
-        for done in self.waiters:
-            done(result)
-        self.waiters = []
+        waiters, self.waiters = self.waiters, []
+        _tell(waiters, result)
+
+
+def _tell(waiters: Sequence[Done], result: Answer | NetfenceError) -> None:
+    """Tell a few who wait, and in the next turn of the loop the others: hundreds may have asked the same."""
+    for done in waiters[:TOLD_AT_ONCE]:
+        done(result)
+    if len(waiters) > TOLD_AT_ONCE:
+        asyncio.get_running_loop().call_soon(_tell, waiters[TOLD_AT_ONCE:], result)

@@ -26,6 +26,7 @@ from netfence.dns.exchange import matches
 from netfence.dns.handler import Handler
 from netfence.dns.message import relay
 from netfence.dns.settings import DnsSettings
+from netfence.dns.turns import Turns
 from netfence.dns.wire import Query, Refusal, WireError, parse_query
 from netfence.errors import UnavailableError
 from netfence.policy.special import is_special
@@ -150,7 +151,7 @@ class _Upstream:
     """Stands for the Resolver: gives one answer, as `Resolver` would."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self._data, self.turns = data, Turns()
 
     def resolve(self, _key: CacheKey, query: Query, _owner: object, done: Any) -> None:
         try:

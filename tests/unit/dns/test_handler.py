@@ -19,6 +19,7 @@ from netfence.dns.cache import CacheKey, SharedCache
 from netfence.dns.handler import Handler
 from netfence.dns.limits import MAX_CUT_RECORDS, MAX_HOT_ENTRIES, MAX_HOT_KEY, MAX_RECORDS, MAX_REJUDGE
 from netfence.dns.settings import DnsSettings
+from netfence.dns.turns import Turns
 from netfence.dns.wire import Query
 from netfence.errors import NetfenceError, UnavailableError
 from netfence.policy.modes import DnsMode
@@ -37,6 +38,7 @@ class Upstreams:
     def __init__(self, answer: bytes | None = None) -> None:
         self.answer = answer
         self.asked: list[tuple[CacheKey, Any]] = []
+        self.turns = Turns()
 
     def resolve(self, key: CacheKey, _query: Query, _owner: object, done: Any) -> None:
         self.asked.append((key, done))

@@ -17,7 +17,11 @@ from netfence.dns.turns import (
     ASKING_S,
     BURST_S,
     DEBT_S,
+    LANE_SHARE,
     LONG_SLICE_S,
+    MAX_IN_LANE,
+    MOST_DEBT_S,
+    NORM_S,
     REST_S,
     SHARE,
     SLICE_S,
@@ -224,6 +228,131 @@ def test_who_asked_long_ago_is_waited_for_no_more() -> None:
     assert bench.rests()
     bench.clock.now += ASKING_S
     assert not bench.rests()
+
+
+# ------------------------------------------------------------------------------------------------ the lane
+
+LONG_S = NORM_S + 0.003
+
+
+def piece(bench: Bench, name: str, cost_s: float) -> Callable[[], None]:
+    """Return a piece of work that takes so much of the loop's time."""
+
+    def work() -> None:
+        bench.done.append(name)
+        bench.clock.now += cost_s
+
+    return work
+
+
+def asked_by_others(bench: Bench) -> None:
+    bench.turns.note("others", bench.clock.now)
+
+
+async def lane(bench: Bench, *, forward_s: float = 0.0) -> None:
+    """Let time pass for the lane, on the clock that the test moves and on the loop's."""
+    bench.clock.now += forward_s
+    asked_by_others(bench)
+    await asyncio.sleep(0.02)
+
+
+def test_usual_work_is_done_at_once_however_much_there_is() -> None:
+    bench = Bench()
+    asked_by_others(bench)
+    for _ in range(10 * MAX_IN_LANE):
+        assert bench.turns.run(MINE, piece(bench, "a", 0.9 * NORM_S))
+        asked_by_others(bench)
+    assert len(bench.done) == 10 * MAX_IN_LANE
+
+
+def test_who_takes_long_while_others_ask_waits_until_it_is_paid_for() -> None:
+    async def go() -> None:
+        bench = Bench()
+        asked_by_others(bench)
+        for name in ("first", "second", "third"):
+            assert bench.turns.run(MINE, piece(bench, name, LONG_S))
+        assert bench.done == ["first"]
+        assert bench.turns.run(THEIRS, piece(bench, "theirs", NORM_S))
+        assert bench.done == ["first", "theirs"]  # whom it is not about does not wait
+        await lane(bench, forward_s=0.9 * 0.003 / LANE_SHARE - NORM_S)
+        assert bench.done == ["first", "theirs"]
+        await lane(bench, forward_s=0.2 * 0.003 / LANE_SHARE)
+        assert bench.done == ["first", "theirs", "second"]
+        await lane(bench, forward_s=0.9 * 0.003 / LANE_SHARE)
+        assert bench.done[-1] == "second"
+        await lane(bench, forward_s=0.2 * 0.003 / LANE_SHARE)
+        assert bench.done[-1] == "third"
+
+    run(go())
+
+
+def test_alone_nobody_waits() -> None:
+    async def go() -> None:
+        bench = Bench()
+        asked_by_others(bench)
+        for _ in range(2):
+            assert bench.turns.run(MINE, piece(bench, "a", LONG_S))
+        assert bench.done == ["a"]
+        bench.clock.now += ASKING_S  # the others ask no more
+        await asyncio.sleep(0.1)
+        assert bench.done == ["a", "a"]
+        for _ in range(5):
+            assert bench.turns.run(MINE, piece(bench, "a", LONG_S))
+        assert len(bench.done) == 7
+
+    run(go())
+
+
+def test_those_in_the_lane_have_their_turns_and_share_its_time() -> None:
+    async def go() -> None:
+        bench = Bench()
+        asked_by_others(bench)
+        for name in (MINE, THEIRS):
+            bench.turns.run(name, piece(bench, name, LONG_S))
+        for name in (MINE, MINE, THEIRS, THEIRS):
+            bench.turns.run(name, piece(bench, name, LONG_S))
+        assert bench.done == [MINE, THEIRS]
+        began = bench.clock.now
+        while len(bench.done) < 6:
+            await lane(bench, forward_s=0.001)
+        assert bench.done[2:] == [MINE, THEIRS, MINE, THEIRS]
+        assert 4 * 0.003 / (bench.clock.now - began) < 1.4 * LANE_SHARE
+
+    run(go())
+
+
+def test_what_waits_in_the_lane_is_bounded_and_so_is_how_long() -> None:
+    async def go() -> None:
+        bench = Bench()
+        asked_by_others(bench)
+        bench.turns.run(MINE, piece(bench, "huge", 10.0))
+        asked_by_others(bench)
+        assert all(bench.turns.run(MINE, piece(bench, "a", 0.0)) for _ in range(MAX_IN_LANE))
+        assert not bench.turns.run(MINE, piece(bench, "too many", 0.0))
+        asked_by_others(bench)
+        assert bench.turns.run(THEIRS, piece(bench, "theirs", 0.0))
+        assert bench.done == ["huge", "theirs"]
+        bench.clock.now += MOST_DEBT_S
+        asked_by_others(bench)
+        await asyncio.sleep(MOST_DEBT_S + 0.3)
+        assert bench.done[2:] == ["a"] * MAX_IN_LANE
+
+    run(go())
+
+
+def test_what_is_done_within_a_piece_of_work_is_reckoned_to_whose_it_is() -> None:
+    async def go() -> None:
+        bench = Bench()
+        asked_by_others(bench)
+        bench.turns.run(MINE, lambda: (bench.turns.run(THEIRS, piece(bench, "theirs", LONG_S)), None)[1])
+        bench.turns.run(MINE, piece(bench, "mine", 0.0))
+        bench.turns.run(THEIRS, piece(bench, "late", 0.0))
+        assert bench.done == ["theirs", "mine"]
+        bench.turns.forget(THEIRS)
+        await lane(bench)
+        assert bench.done == ["theirs", "mine", "late"]
+
+    run(go())
 
 
 # ------------------------------------------------------------------------------------------------ readers
