@@ -186,7 +186,7 @@ class Guest:
                         codes[got[5] & 15] += 1
                         waiting[sock] -= 1
                         del got[: size + 2]
-        return {"count": codes.total(), "codes": codes}
+        return {"count": asked, "codes": codes}
 
     def connections(self, count: int, at_once: int) -> Answer:
         """Open TCP connections, keep each until the server closes it, and say nothing on them.

@@ -37,7 +37,7 @@ POLICY: dict[str, Any] = {
 SHARED, LATE = "203.0.113.80", "203.0.113.90"
 LEASES = 1000  # dns.max_leases of the quick tests
 NAMES, CONNECTIONS = 100_000, 10_000
-WIDE, ADDRESSES = 20, 500
+WIDE, ADDRESSES, CACHED_ADDRESSES = 20, 500, 250
 NOERROR, SERVFAIL, REFUSED = "0", "2", "5"
 
 MOST = 2.0 if len(CPUS) > 1 else 50.0
@@ -50,16 +50,18 @@ LOST = 0.02
 """Of the victim's questions: a CPU's queue of packets may be full of a flood."""
 
 ROUNDS = 3
-TRIES = 1  # other work of the machine may meet rounds of one kind alone; a defect meets all
+TRIES = 3  # other work of the machine may meet rounds of one kind alone; a defect meets all
 
 
 def zone(names: int) -> Iterator[str]:
     yield f"*.victim.test. 3600 IN A {SHARED}"
     yield f"late.victim.test. 3600 IN A {LATE}"
     yield f"known.greedy.test. 3600 IN A {SHARED}"
-    for number in range(WIDE):  # of addresses, in answers that no cache keeps
+    for number in range(WIDE):  # in answers that no cache keeps, and in such as the cache keeps
         for last in range(ADDRESSES):
             yield f"w{number}.greedy.test. 3600 IN A 93.200.{last >> 8}.{last & 255}"
+        for last in range(CACHED_ADDRESSES):
+            yield f"k{number}.greedy.test. 3600 IN A 93.200.{last >> 8}.{last & 255}"
     for number in range(names):
         yield f"n{number}.greedy.test. 3600 IN A 93.{number >> 16}.{number >> 8 & 255}.{number & 255}"
 
@@ -168,6 +170,9 @@ def judge(found: dict[str, Latencies], tell: Tell, *, final: bool = True) -> boo
 
 
 ATTACKS: dict[str, dict[str, Any]] = {
+    # While there is room for leases, which the others use up.
+    "wide": {"what": "wide", "pattern": "w{}.greedy.test", "names": WIDE, "window": 4},
+    "wide-cached": {"what": "wide", "pattern": "k{}.greedy.test", "names": WIDE, "window": 4},
     "garbage": {"what": "garbage"},
     "known": {"what": "known", "name": "known.greedy.test"},
     "denied": {"what": "denied", "pattern": "n{}.denied.test"},
@@ -189,7 +194,6 @@ ATTACKS: dict[str, dict[str, Any]] = {
         "window": 8,
         "again": True,
     },
-    "wide": {"what": "wide", "pattern": "w{}.greedy.test", "names": WIDE, "window": 4},
     "packets": {"what": "packets", "device": "eth0"},
 }
 
@@ -219,8 +223,8 @@ def test_a_neighbour_without_measure(pair: Neighbours, kind: str, record_propert
             break
     record_property("done", [each["count"] for each in told])
     assert all(each["count"] > 0 for each in told)
-    if kind == "wide":
-        assert all(set(each["codes"]) == {NOERROR} for each in told), told
+    if arguments["what"] == "wide":  # late, not refused
+        assert all(set(each["codes"]) <= {NOERROR} for each in told), told
 
 
 def test_leases_end_at_their_limit_for_one_alone(pair: Neighbours) -> None:

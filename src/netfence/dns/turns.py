@@ -63,7 +63,7 @@ LANE_SHARE: Final = 0.2
 MOST_DEBT_S: Final = 1.0
 """How long anybody waits for its next piece of work, whatever the last one took."""
 
-MAX_IN_LANE: Final = 32
+MAX_IN_LANE: Final = 64
 """Pieces of work of one owner that wait in the lane, with up to 64 kB each."""
 
 PAUSE_S: Final = 0.1
