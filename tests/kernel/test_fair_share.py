@@ -223,8 +223,8 @@ def test_a_neighbour_without_measure(pair: Neighbours, kind: str, record_propert
             break
     record_property("done", [each["count"] for each in told])
     assert all(each["count"] > 0 for each in told)
-    if arguments["what"] == "wide":  # late, not refused
-        assert all(set(each["codes"]) <= {NOERROR} for each in told), told
+    if arguments["what"] == "wide":  # late, or refused where too many wait, those of the round before among them
+        assert all(set(each["codes"]) <= {NOERROR, SERVFAIL} for each in told), told
 
 
 def test_leases_end_at_their_limit_for_one_alone(pair: Neighbours) -> None:

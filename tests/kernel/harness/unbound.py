@@ -37,6 +37,7 @@ server:
     log-queries: yes
     log-time-ascii: no
     num-threads: 1
+    incoming-num-tcp: 100
     so-reuseport: no
     {interfaces}
     port: {port}
