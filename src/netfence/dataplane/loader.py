@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+from packaging.version import Version
 
 from netfence import __version__
 from netfence.dataplane import compile as child
@@ -175,15 +175,21 @@ def _require_older(build: str, layout_file: Path) -> None:
     remedy = "they stay in force; start that version again, with on_shutdown: detach to take them off"
     try:
         version = str(json.loads(layout_file.read_text(encoding="utf-8"))["version"])
+        newer = is_newer(version, __version__)
     except (OSError, ValueError, KeyError) as error:
         raise PreconditionError(f"{whose}: read {layout_file}: {error}; {remedy}") from error
-    if _numbers(version) > _numbers(__version__):
+    if newer:
         message = f"{whose}: it is of version {version}, this is {__version__}, and no way leads back; {remedy}"
         raise PreconditionError(message)
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+def is_newer(version: str, than: str) -> bool:
+    """Tell whether a version comes after another (PEP 440); what is behind a ``+`` says who built it, and counts not.
+
+    Raises ValueError for what is no version.
+    """
+    one, other = (Version(each.partition("+")[0]) for each in (version, than))
+    return one > other
 
 
 def _compile(job: child.Job, lock_fd: int) -> None:
