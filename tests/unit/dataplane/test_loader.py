@@ -1,11 +1,14 @@
-"""Which build of netfence comes after which."""
+"""Which version comes after which, and which of several builds is in force."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 
 from netfence import __version__
-from netfence.dataplane.loader import is_newer
+from netfence.dataplane.loader import forget, in_force, is_newer, put_in_force
 
 IN_ORDER = [
     "0.9",
@@ -48,3 +51,51 @@ def test_ours_is_a_version() -> None:
 def test_what_is_no_version_is_said(text: str) -> None:
     with pytest.raises(ValueError, match="Invalid version"):
         is_newer(text, "1.0")
+
+
+def make_maps(pins: Path, *builds: str) -> None:
+    for build in builds:
+        (pins / f"maps-{build}").mkdir()
+
+
+def begun(pins: Path, build: str, at_s: float) -> None:
+    """Have it that the clock showed this when a build was put in force."""
+    os.utime(pins / f"maps-{build}" / "whole", (at_s, at_s))
+
+
+def test_the_last_build_is_in_force_whatever_the_clock_was_set_to(tmp_path: Path) -> None:
+    make_maps(tmp_path, "older", "newer", "newest")
+    assert in_force(tmp_path) == ""
+    for build, at_s in (("older", 3000.0), ("newer", 2000.0), ("newest", 1000.0)):
+        put_in_force(tmp_path, build)
+        begun(tmp_path, build, at_s)
+        assert in_force(tmp_path) == build
+    forget(tmp_path, tmp_path / "data", ["newest"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maps-newer", "maps-older"]
+    assert in_force(tmp_path) == "newer"
+
+
+def test_what_has_no_number_is_older_and_goes_by_its_time(tmp_path: Path) -> None:
+    """As older netfences left it."""
+    make_maps(tmp_path, "older", "newer", "ours")
+    for build, at_s in (("newer", 3000.0), ("older", 2000.0)):
+        (tmp_path / f"maps-{build}" / "whole").mkdir()
+        begun(tmp_path, build, at_s)
+    assert in_force(tmp_path) == "newer"
+    put_in_force(tmp_path, "ours")
+    begun(tmp_path, "ours", 1000.0)
+    assert in_force(tmp_path) == "ours"
+
+
+def test_a_number_alone_puts_nothing_in_force(tmp_path: Path) -> None:
+    """A start was cut short between the two: the first one, then the upgrade."""
+    make_maps(tmp_path, "older", "cut")
+    (tmp_path / "maps-older" / "order-1").mkdir()
+    assert in_force(tmp_path) == ""
+    put_in_force(tmp_path, "older")
+    (tmp_path / "maps-cut" / "order-2").mkdir()
+    assert in_force(tmp_path) == "older"
+    forget(tmp_path, tmp_path / "data", ["cut"])
+    make_maps(tmp_path, "cut")
+    put_in_force(tmp_path, "cut")
+    assert in_force(tmp_path) == "cut"
