@@ -50,7 +50,7 @@ from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
 from netfence.metrics_collector import Collector
 from netfence.metrics_http import MetricsPlace
-from netfence.notify import notify, watchdog_s
+from netfence.notify import extend, notify, watchdog_s
 from netfence.policy.modes import Mode
 from netfence.policy_codec import Clock, seconds_since
 from netfence.remembering import Remembering
@@ -61,6 +61,8 @@ from netfence.targets import TargetKeeper, Watchers
 
 MAINTAIN_S = 30.0  # between two sweeps of every attachment: expired entries count for nothing, they only take room
 GRACE_S = 5.0  # for calls under way at a clean stop
+AT_ONCE = 8  # attachments ended side by side: four wait for the kernel (see `plane.WORKERS`), others for the store
+STEP_S = 30.0  # how long taking one fence off may last: what hangs is not waited for
 LIST_PIECE = 200  # attachments whose counters are read in one go, some 2 ms
 GC_THRESHOLD = (2_000, 20, 100)  # rules are hundreds of thousands of objects: few walks over all of them
 RESTART_S = 1.0  # before background work that failed begins again
@@ -149,7 +151,7 @@ class _Process:
                 boot_id=Clock.now().boot_id,
             )
             lifecycle = Lifecycle(parts)
-            stack.push_async_callback(_end_all, lifecycle, detach=detach)
+            stack.push_async_callback(end_all, lifecycle, detach=detach)
             await self._run(lifecycle, TargetKeeper(lifecycle, watchers))
 
     def _daemon_id(self, store: Store) -> str:
@@ -193,7 +195,7 @@ class _Process:
                 flows.close()  # or those who watch would be waited for
                 await api.close(GRACE_S)
             if config.enforcement.on_shutdown == "detach":
-                await _end_all(lifecycle, detach=True)  # here, while the control plane can be told
+                await end_all(lifecycle, detach=True)  # here, while the control plane can be told
             else:
                 await names.save()
             await parts.control.drain()
@@ -340,18 +342,26 @@ async def _store_counters(lifecycle: Lifecycle, stored: dict[str, tuple[int, int
     return now
 
 
-async def _end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
-    """End the DNS servers; with `detach` take the fences off too."""
+async def end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
+    """End the DNS servers; with `detach` take the fences off too, and have the service manager wait for each."""
     await _store_counters(lifecycle, {})
-    for live in lifecycle.all():
-        try:
-            if detach:
-                await lifecycle.end(live, UnsubscribeReason.DETACHED)
-            else:
-                await live.attachment.close()
-                await live.server.close()
-        except Exception as error:
-            live.attachment.log.exception("not_ended", error=str(error))
+    waiting = iter(lifecycle.all())
+
+    async def end_some() -> None:
+        for live in waiting:
+            try:
+                if detach:
+                    extend(STEP_S)
+                    await lifecycle.end(live, UnsubscribeReason.DETACHED)
+                else:
+                    await live.attachment.close()
+                    await live.server.close()
+            except Exception as error:
+                live.attachment.log.exception("not_ended", error=str(error))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(AT_ONCE):
+            group.create_task(end_some())
 
 
 async def make_control(config: Config) -> ControlPort:

@@ -440,6 +440,22 @@ def test_stopping_with_detach_takes_the_fences_off(fresh: Fresh, start: Start) -
     assert daemon.attachments() == []
 
 
+def test_systemd_waits_while_fences_are_taken_off(fresh: Fresh, start: Start, tmp_path: Path) -> None:
+    topology = fresh.topology()
+    workloads = [topology.add_veth() for _ in range(3)]
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        config = {"enforcement": {"on_shutdown": "detach"}}
+        daemon = start(topology, config=config, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert manager.recv(100).splitlines()[0] == b"READY=1"
+        for workload in workloads:
+            daemon.attach(interface=workload.host_if)
+        assert daemon.stop() == 0
+        assert manager.recv(100) == b"STOPPING=1"
+        assert [manager.recv(100) for _ in workloads] == [b"EXTEND_TIMEOUT_USEC=30000000"] * len(workloads)
+
+
 def test_systemd_is_told(fresh: Fresh, start: Start, tmp_path: Path) -> None:
     topology = fresh.topology()
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as manager:

@@ -115,6 +115,7 @@ def test_the_image_runs_with_what_the_service_has() -> None:
     for limit, name in (("LimitNOFILE", "nofile"), ("LimitMEMLOCK", "memlock")):
         (value,) = setting(limit)
         assert f"--ulimit {name}={'-1' if value == 'infinity' else value} " in command
+    assert f"--stop-timeout {setting('TimeoutStopSec')[0]} " in command
     for part in ("--network host", "--cgroupns host", "--cap-drop ALL", "--security-opt no-new-privileges"):
         assert part in command
     volumes = dict(volume.split(":", 1) for volume in re.findall(r"--volume (\S+)", command))
