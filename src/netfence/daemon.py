@@ -1,8 +1,8 @@
 """The composition root: makes all parts, starts them in order, runs them, and stops them in reverse.
 
 Owns the process: event loop, signals, service manager, background tasks. What the parts do is theirs: attachments are
-`lifecycle`'s, taking over is `restore`'s. Filters outlive every way this process can end (`enforcement.on_shutdown`
-decides only about a clean stop).
+`lifecycle`'s, taking over is `restore`'s. Filters outlive every way this process can end, but one: a clean stop of a
+daemon that has started, with `enforcement.on_shutdown: detach`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class _Process:
         self._config = config
         self._stop = asyncio.Event()
         self._ready = False
+        self._detached = False  # by a clean stop: nothing else may take pins away
         self._metrics = MetricsPlace(config.metrics.listen)
 
     async def main(self) -> None:
@@ -119,7 +120,6 @@ class _Process:
         config = self._config
         control = await make_control(config)
         privileges.require(config)
-        detach = config.enforcement.on_shutdown == "detach"
         async with AsyncExitStack() as stack:
             stack.callback(self._metrics.close)
             no_metrics = await self._metrics.open()
@@ -129,7 +129,7 @@ class _Process:
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
             plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
-            stack.push_async_callback(plane.close, detach=detach)
+            stack.push_async_callback(self._let_go, plane)
             if no_metrics is not None and not (plane.pinned() or await store.load() or store.saved):
                 raise no_metrics
             dns = dns_settings(config)
@@ -151,8 +151,11 @@ class _Process:
                 boot_id=Clock.now().boot_id,
             )
             lifecycle = Lifecycle(parts)
-            stack.push_async_callback(end_all, lifecycle, detach=detach)
+            stack.push_async_callback(end_all, lifecycle, detach=False)
             await self._run(lifecycle, TargetKeeper(lifecycle, watchers))
+
+    async def _let_go(self, plane: Kernel) -> None:
+        await plane.close(detach=self._detached)
 
     def _daemon_id(self, store: Store) -> str:
         return self._config.daemon_id or store.daemon_id
@@ -196,6 +199,7 @@ class _Process:
                 await api.close(GRACE_S)
             if config.enforcement.on_shutdown == "detach":
                 await end_all(lifecycle, detach=True)  # here, while the control plane can be told
+                self._detached = True
             else:
                 await names.save()
             await parts.control.drain()
