@@ -55,7 +55,7 @@ from netfence.policy.modes import Mode
 from netfence.policy_codec import Clock, seconds_since
 from netfence.remembering import Remembering
 from netfence.restore import restore
-from netfence.store import Store
+from netfence.store import Claim, Store
 from netfence.suggesting import suggest
 from netfence.targets import TargetKeeper, Watchers
 
@@ -123,13 +123,16 @@ class _Process:
         async with AsyncExitStack() as stack:
             stack.callback(self._metrics.close)
             no_metrics = await self._metrics.open()
-            store = await asyncio.to_thread(Store.open, config.data_dir)
-            stack.push_async_callback(store.close)
-            control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
+            claim = await asyncio.to_thread(Claim, config.data_dir)
+            stack.callback(claim.close)
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
             plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
             stack.push_async_callback(self._let_go, plane)
+            # Behind the kernel: where the programs of a new version do not load, the old version can still read this.
+            store = await asyncio.to_thread(Store.open, config.data_dir, claim)
+            stack.push_async_callback(store.close)
+            control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
             if no_metrics is not None and not (plane.pinned() or await store.load() or store.saved):
                 raise no_metrics
             dns = dns_settings(config)
