@@ -1,8 +1,8 @@
 """The composition root: makes all parts, starts them in order, runs them, and stops them in reverse.
 
 Owns the process: event loop, signals, service manager, background tasks. What the parts do is theirs: attachments are
-`lifecycle`'s, taking over is `restore`'s. Filters outlive every way this process can end (`enforcement.on_shutdown`
-decides only about a clean stop).
+`lifecycle`'s, taking over is `restore`'s. Filters outlive every way this process can end, but one: a clean stop of a
+daemon that has started, with `enforcement.on_shutdown: detach`.
 """
 
 from __future__ import annotations
@@ -50,17 +50,19 @@ from netfence.kernel import Kernel
 from netfence.lifecycle import Lifecycle, Parts
 from netfence.metrics_collector import Collector
 from netfence.metrics_http import MetricsPlace
-from netfence.notify import notify, watchdog_s
+from netfence.notify import extend, notify, watchdog_s
 from netfence.policy.modes import Mode
 from netfence.policy_codec import Clock, seconds_since
 from netfence.remembering import Remembering
 from netfence.restore import restore
-from netfence.store import Store
+from netfence.store import Claim, Store
 from netfence.suggesting import suggest
 from netfence.targets import TargetKeeper, Watchers
 
 MAINTAIN_S = 30.0  # between two sweeps of every attachment: expired entries count for nothing, they only take room
 GRACE_S = 5.0  # for calls under way at a clean stop
+AT_ONCE = 8  # attachments ended side by side: four wait for the kernel (see `plane.WORKERS`), others for the store
+STEP_S = 30.0  # how long taking one fence off may last: what hangs is not waited for
 LIST_PIECE = 200  # attachments whose counters are read in one go, some 2 ms
 GC_THRESHOLD = (2_000, 20, 100)  # rules are hundreds of thousands of objects: few walks over all of them
 RESTART_S = 1.0  # before background work that failed begins again
@@ -91,6 +93,7 @@ class _Process:
         self._config, self._told = loaded.config, loaded.told()
         self._stop = asyncio.Event()
         self._ready = False
+        self._detached = False  # by a clean stop: nothing else may take pins away
         self._metrics = MetricsPlace(self._config.metrics.listen)
 
     async def main(self) -> None:
@@ -117,17 +120,19 @@ class _Process:
         config = self._config
         control = await make_control(config)
         privileges.require(config)
-        detach = config.enforcement.on_shutdown == "detach"
         async with AsyncExitStack() as stack:
             stack.callback(self._metrics.close)
             no_metrics = await self._metrics.open()
-            store = await asyncio.to_thread(Store.open, config.data_dir)
-            stack.push_async_callback(store.close)
-            control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
+            claim = await asyncio.to_thread(Claim, config.data_dir)
+            stack.callback(claim.close)
             mode = Mode[config.enforcement.start_mode.upper()]
             leases = config.dns.max_leases_total
             plane = await Kernel.open(config.bpffs_dir, config.data_dir, mode, max_leases_total=leases)
-            stack.push_async_callback(plane.close, detach=detach)
+            stack.push_async_callback(self._let_go, plane)
+            # Behind the kernel: where the programs of a new version do not load, the old version can still read this.
+            store = await asyncio.to_thread(Store.open, config.data_dir, claim)
+            stack.push_async_callback(store.close)
+            control.introduce(self._daemon_id(store), seconds_since(store.contact, Clock.now()))
             if no_metrics is not None and not (plane.pinned() or await store.load() or store.saved):
                 raise no_metrics
             dns = dns_settings(config)
@@ -149,8 +154,11 @@ class _Process:
                 boot_id=Clock.now().boot_id,
             )
             lifecycle = Lifecycle(parts)
-            stack.push_async_callback(_end_all, lifecycle, detach=detach)
+            stack.push_async_callback(end_all, lifecycle, detach=False)
             await self._run(lifecycle, TargetKeeper(lifecycle, watchers))
+
+    async def _let_go(self, plane: Kernel) -> None:
+        await plane.close(detach=self._detached)
 
     def _daemon_id(self, store: Store) -> str:
         return self._config.daemon_id or store.daemon_id
@@ -193,7 +201,8 @@ class _Process:
                 flows.close()  # or those who watch would be waited for
                 await api.close(GRACE_S)
             if config.enforcement.on_shutdown == "detach":
-                await _end_all(lifecycle, detach=True)  # here, while the control plane can be told
+                await end_all(lifecycle, detach=True)  # here, while the control plane can be told
+                self._detached = True
             else:
                 await names.save()
             await parts.control.drain()
@@ -348,18 +357,26 @@ async def _store_counters(lifecycle: Lifecycle, stored: dict[str, tuple[int, int
     return now
 
 
-async def _end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
-    """End the DNS servers; with `detach` take the fences off too."""
+async def end_all(lifecycle: Lifecycle, *, detach: bool) -> None:
+    """End the DNS servers; with `detach` take the fences off too, and have the service manager wait for each."""
     await _store_counters(lifecycle, {})
-    for live in lifecycle.all():
-        try:
-            if detach:
-                await lifecycle.end(live, UnsubscribeReason.DETACHED)
-            else:
-                await live.attachment.close()
-                await live.server.close()
-        except Exception as error:
-            live.attachment.log.exception("not_ended", error=str(error))
+    waiting = iter(lifecycle.all())
+
+    async def end_some() -> None:
+        for live in waiting:
+            try:
+                if detach:
+                    extend(STEP_S)
+                    await lifecycle.end(live, UnsubscribeReason.DETACHED)
+                else:
+                    await live.attachment.close()
+                    await live.server.close()
+            except Exception as error:
+                live.attachment.log.exception("not_ended", error=str(error))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(AT_ONCE):
+            group.create_task(end_some())
 
 
 async def make_control(config: Config) -> ControlPort:

@@ -17,6 +17,11 @@ def notify(*lines: str) -> None:
         sock.sendto("\n".join(lines).encode(), address)
 
 
+def extend(seconds: float) -> None:
+    """Ask for so long from now on for the start or stop that is under way, whatever its time-out; to be asked again."""
+    notify(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+
+
 def watchdog_s() -> float | None:
     """Return how long the service manager waits for a ping before it ends us; None where it does not, or means another.
 

@@ -5,6 +5,7 @@ Owns the SQL that makes tables, adds rows and reads them; when and why rows chan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from netfence.errors import PreconditionError
 
@@ -143,6 +145,17 @@ def connect(path: Path, known: Known | None = None) -> tuple[sqlite3.Connection,
         connection.close()
         raise
     return connection, (str(row[0]), row[1])
+
+
+def require_known(path: Path) -> None:
+    """Refuse a database of a version that we do not know; nothing of it is changed.
+
+    What cannot be read is for `connect` to find. Raises PreconditionError.
+    """
+    with contextlib.suppress(sqlite3.Error):
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+        _check_version(path, version)
 
 
 def _check_version(path: Path, version: int) -> None:

@@ -30,9 +30,9 @@ from typing import TypeVar
 import structlog
 
 from netfence.errors import NetfenceError, PreconditionError
-from netfence.schema import SCHEMA_VERSION, Known, Row, connect, insert, select
+from netfence.schema import SCHEMA_VERSION, Known, Row, connect, insert, require_known, select
 
-__all__ = ["DATABASE", "SCHEMA_VERSION", "Row", "Store"]
+__all__ = ["DATABASE", "SCHEMA_VERSION", "Claim", "Row", "Store"]
 
 DATABASE = "state.db"
 LOCK = "state.lock"
@@ -54,6 +54,26 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
+class Claim:
+    """`data_dir` as ours alone, until `close`. Nothing in it is changed."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Blocks. Raises PreconditionError when the directory is not ours alone, or of another version or daemon."""
+        _own_directory(data_dir)
+        self._fd = _lock(data_dir)
+        try:
+            require_known(data_dir / DATABASE)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the directory. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
 class Store:
     """The state of one daemon. Open it with `Store.open`; every method may raise NetfenceError naming the file."""
 
@@ -63,41 +83,39 @@ class Store:
         connection: sqlite3.Connection,
         known: Known,
         saved: dict[str, Row],
-        lock_fd: int,
+        claim: Claim | None,
         pool: ThreadPoolExecutor,
     ) -> None:
         self._path = path
         self._connection = connection
-        self._lock_fd = lock_fd
+        self._claim = claim  # of our own
         self._pool = pool
+        self._closed = False
         self.daemon_id, self.contact = known
         self.saved = saved  # what could be read of a damaged database, by id, until `settle`
 
     @classmethod
-    def open(cls, data_dir: Path) -> Store:
-        """Create or open the state in `data_dir`. Blocks; call it before the loop does anything else.
+    def open(cls, data_dir: Path, claim: Claim | None = None) -> Store:
+        """Create or open the state in `data_dir`, and bring it to this version: older ones cannot read it any more.
 
-        Raises PreconditionError when the directory is not ours alone, another daemon holds it, or the schema is of
-        another version.
+        `claim`: of that directory, if it is claimed already, and stays so longer than this. Blocks. Raises as `Claim`
+        does.
         """
-        _own_directory(data_dir)
-        lock_fd = _lock(data_dir)
+        own = Claim(data_dir) if claim is None else None
         path = data_dir / DATABASE
         pool = ThreadPoolExecutor(1, thread_name_prefix="netfence-store")
         try:
-            self = cls(path, *pool.submit(_open, path).result(), lock_fd, pool)
-        except sqlite3.Error as error:
+            return cls(path, *pool.submit(_open, path).result(), own, pool)
+        except BaseException as error:
             pool.shutdown()
-            os.close(lock_fd)
+            if own is not None:
+                own.close()
+            if not isinstance(error, sqlite3.Error):
+                raise
             remedy = (
                 DISK if error.sqlite_errorcode & 0xFF in _OF_THE_DISK else "move the file away to start without state"
             )
             raise PreconditionError(f"open state {path}: {error}; {remedy}") from error
-        except BaseException:
-            pool.shutdown()
-            os.close(lock_fd)
-            raise
-        return self
 
     async def load(self) -> list[Row]:
         """Return every stored attachment, oldest first; none if the database is damaged, which is set aside then."""
@@ -192,13 +210,14 @@ class Store:
         await self._run("remove", work)
 
     async def close(self) -> None:
-        """Close the database and let go of the directory. Idempotent."""
-        if self._lock_fd < 0:
+        """Close the database, and let go of the directory unless somebody else has claimed it. Idempotent."""
+        if self._closed:
             return
+        self._closed = True
         await asyncio.get_running_loop().run_in_executor(self._pool, self._connection.close)
         self._pool.shutdown()
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+        if self._claim is not None:
+            self._claim.close()
 
     async def _run(self, what: str, work: Callable[[sqlite3.Connection], T], *, durable: bool = True) -> T:
         def transaction() -> T:

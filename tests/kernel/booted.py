@@ -57,10 +57,16 @@ WatchdogSec={watchdog_s}
 
 
 class Booted:
-    """systemd in the topology's host namespace, with the service enabled. A context manager."""
+    """systemd in the topology's host namespace, with the service enabled; `more`: further lines of its [Service].
 
-    def __init__(self, place: Topology, directory: Path, policy: Mapping[str, Any], watchdog_s: float) -> None:
-        self._place, self._directory, self._policy, self._watchdog_s = place, directory, policy, watchdog_s
+    A context manager.
+    """
+
+    def __init__(
+        self, place: Topology, directory: Path, policy: Mapping[str, Any], watchdog_s: float, *, more: str = ""
+    ) -> None:
+        self._place, self._directory, self._policy = place, directory, policy
+        self._watchdog_s, self._more = watchdog_s, more
         self.log = directory / "netfenced.log"
         self._close = ExitStack()
         self._first = 0
@@ -120,7 +126,7 @@ class Booted:
             root=ROOT, environment=sys.prefix, directory=self._directory, program=PROGRAM, config=config, log=self.log,
             watchdog_s=self._watchdog_s,
         )  # fmt: skip
-        (drop_ins / "test.conf").write_text(told)
+        (drop_ins / "test.conf").write_text(told + self._more)
         return units
 
     def run(self, *command: str, check: bool = True, timeout_s: float = 30) -> str:

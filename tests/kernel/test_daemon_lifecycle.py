@@ -22,7 +22,9 @@ from harness.fresh import Fresh
 from harness.packets import UDP4, UDP6
 from harness.topology import DNS4, Topology, Workload
 from harness.unbound import Unbound
+from hooktools import needs_tcx
 from netfence.api.client import RefusedError
+from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
 from netfence.policy.modes import Reason
 from netfence.v1 import daemon_pb2, daemon_pb2_grpc, types_pb2
 
@@ -436,18 +438,53 @@ def test_each_attachment_can_have_an_address_of_its_own(
 # -- start and stop ----------------------------------------------------------------------------------------------------
 
 
-def test_stopping_with_detach_takes_the_fences_off(fresh: Fresh, start: Start) -> None:
+@pytest.mark.parametrize("tcx", [pytest.param(True, marks=needs_tcx), False], ids=["tcx", "clsact"])
+def test_stopping_with_detach_takes_the_fences_off(
+    fresh: Fresh, start: Start, cgroups: Callable[[str], Cgroup], *, tcx: bool
+) -> None:
+    """All kinds, and everything that was made for them."""
     topology = fresh.topology()
-    workload = topology.add_veth()
-    daemon = start(topology, config={"enforcement": {"on_shutdown": "detach"}})
-    daemon.attach(interface=workload.host_if)
-    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
-    assert daemon.stop() == 0
-    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
-    assert daemon.link_pins() == []
-    assert not [*daemon.pins.glob("maps-*")]
+    plain, early, group = topology.add_veth(), topology.add_veth(), cgroups(f"detached-{tcx}")
+    topology.queues(early.host_if)
+    config: dict[str, Any] = {"enforcement": {"on_shutdown": "detach"}}
+    if has_dummy(topology):
+        config["dns"] = {"listen_addr": "169.254.100.0/24"}
+    interfaces = topology.host.interfaces()
+    daemon = start(topology, config=config, tcx=tcx)
+    daemon.attach(interface=plain.host_if)
+    daemon.attach(interface=early.host_if, hook="xdp")
+    daemon.attach(cgroup=group)
+    assert ("netfence0" in topology.host.interfaces()) == ("dns" in config)
+    with Agent(netns=topology.host, cgroup=group) as agent:
+        assert [topology.arrived(each, UDP4, OUTSIDE4) for each in (plain, early)] == [0, 0]
+        with pytest.raises(PermissionError):
+            agent.udp().sendto(b"x", (OUTSIDE4, 9))
+        assert daemon.stop() == 0
+        agent.udp().sendto(b"x", (OUTSIDE4, 9))
+    assert [topology.arrived(each, UDP4, OUTSIDE4) for each in (plain, early)] == [3, 3]
+    assert daemon.leftovers() == {}
+    assert topology.host.interfaces() == interfaces
+    assert not [*daemon.pins.iterdir()]
+    with topology.host.inside(), Rtnl() as netlink:
+        assert get_xdp_programs(netlink, socket.if_nametoindex(early.host_if)) == []
     daemon.start()
     assert daemon.attachments() == []
+
+
+def test_systemd_waits_while_fences_are_taken_off(fresh: Fresh, start: Start, tmp_path: Path) -> None:
+    topology = fresh.topology()
+    workloads = [topology.add_veth() for _ in range(3)]
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        config = {"enforcement": {"on_shutdown": "detach"}}
+        daemon = start(topology, config=config, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert manager.recv(100).splitlines()[0] == b"READY=1"
+        for workload in workloads:
+            daemon.attach(interface=workload.host_if)
+        assert daemon.stop() == 0
+        assert manager.recv(100) == b"STOPPING=1"
+        assert [manager.recv(100) for _ in workloads] == [b"EXTEND_TIMEOUT_USEC=30000000"] * len(workloads)
 
 
 def test_systemd_is_told(fresh: Fresh, start: Start, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import netfence
 from daemons import Fenced, Start
 from harness.agent import Agent
 from harness.cgroup import Cgroup
@@ -26,13 +27,14 @@ from netfence.dataplane.links import AttachType
 from netfence.dataplane.rawprog import ProgType
 from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
 from netfence.policy.modes import Reason
-from netfence.store import DATABASE
+from netfence.store import DATABASE, SCHEMA_VERSION
 from netfence.v1 import types_pb2
 
 pytestmark = pytest.mark.userspace
 
 OUTSIDE4, OUTSIDE6 = "203.0.113.99", "2001:db8:77::1"
 LEARNED4 = "203.0.113.80"
+SOURCES = Path(netfence.__file__).parents[1]
 POLICY: dict[str, Any] = {
     "default": {
         "mode": "allowlist",
@@ -65,6 +67,11 @@ def query(workload: Workload, server: tuple[str, int], name: str) -> list[str]:
 def edit_state(daemon: Fenced, statement: str, *values: object) -> None:
     with closing(sqlite3.connect(daemon.directory / "data" / DATABASE)) as state, state:
         state.execute(statement, values)
+
+
+def schema_version(daemon: Fenced) -> int:
+    with closing(sqlite3.connect(f"file:{daemon.directory / 'data' / DATABASE}?mode=ro", uri=True)) as state:
+        return int(state.execute("PRAGMA user_version").fetchone()[0])
 
 
 @pytest.mark.parametrize("how", ["stop", "kill -9"])
@@ -112,7 +119,7 @@ def test_a_start_of_the_same_build_compiles_nothing(topology: Topology, start: S
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "bcc.py").write_text("raise RuntimeError('the compiler is broken')\n")
-    daemon._env = {"PYTHONPATH": str(broken)}
+    daemon._env = {"PYTHONPATH": f"{broken}:{SOURCES}"}
     for how in ("stop", "kill -9"):
         end(daemon, how)
         daemon.start()
@@ -126,6 +133,33 @@ def test_a_start_of_the_same_build_compiles_nothing(topology: Topology, start: S
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
     daemon.write_config({})
     daemon.start()
+
+
+def test_a_build_that_does_not_compile_leaves_the_state_to_the_one_before(
+    topology: Topology, start: Start, tmp_path: Path
+) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    daemon.stop()
+    for table in ("saved", "audited"):
+        edit_state(daemon, f"DROP TABLE {table}")
+    edit_state(daemon, "PRAGMA user_version = 2")  # as a version before this one has it
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "bcc.py").write_text("raise RuntimeError('the compiler is broken')\n")
+    daemon._env = {"PYTHONPATH": f"{broken}:{SOURCES}"}
+    daemon.write_config({"dns": {"max_leases": 500, "max_leases_total": 1000}})
+    daemon.launch()
+    assert "the compiler is broken" in daemon.ended_saying()
+    assert schema_version(daemon) == 2
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon._env = {}
+    daemon.start()
+    assert schema_version(daemon) == SCHEMA_VERSION
+    assert [info.id for info in daemon.attachments()] == [attached.id]
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
 
 
 def _refused(daemon: Fenced, **target: Any) -> str:

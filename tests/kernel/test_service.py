@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import netfence
 from booted import Booted
 from confined import capabilities
 from harness.agent import Agent
@@ -27,6 +28,17 @@ POLICY: dict[str, Any] = {
         "dns": {"mode": "allowlist", "allow": ["good.test"]},
     }
 }
+
+SOURCES = Path(netfence.__file__).parents[1]
+SLOW_END = """
+import asyncio
+from netfence import daemon, lifecycle
+end, daemon.AT_ONCE = lifecycle.Lifecycle.end, 1
+async def slow(self, *args, **how):
+    await asyncio.sleep(2)
+    await end(self, *args, **how)
+lifecycle.Lifecycle.end = slow
+"""
 
 
 def test_a_life_under_systemd(fresh: Fresh, tmp_path: Path) -> None:
@@ -73,6 +85,24 @@ def test_a_life_under_systemd(fresh: Fresh, tmp_path: Path) -> None:
         systemd.run("systemctl", "start", "netfenced.service")
         systemd.netfenced("detach", "--id", attached["id"])
         assert passed() == [3, 3]
+
+
+def test_a_stop_that_takes_every_fence_off_is_waited_for(fresh: Fresh, tmp_path: Path) -> None:
+    """As long as it takes: each fence lasts longer than TimeoutStopSec= here."""
+    topology = fresh.topology()
+    workloads = [topology.add_veth() for _ in range(3)]
+    (tmp_path / "sitecustomize.py").write_text(SLOW_END)
+    more = f"""
+Environment=PYTHONPATH={tmp_path}:{SOURCES} NETFENCE_ENFORCEMENT__ON_SHUTDOWN=detach
+TimeoutStopSec=1
+"""
+    with Booted(topology, tmp_path, POLICY, watchdog_s=60, more=more) as systemd:
+        for workload in workloads:
+            systemd.netfenced("attach", "--interface", workload.host_if)
+        assert [topology.arrived(each, UDP4, OTHER4) for each in workloads] == [0, 0, 0]
+        systemd.run("systemctl", "stop", "netfenced.service")
+        assert (systemd.shows("ActiveState"), systemd.shows("ExecMainStatus")) == ("inactive", "0")
+        assert [topology.arrived(each, UDP4, OTHER4) for each in workloads] == [3, 3, 3]
 
 
 def test_what_it_has_to_see_of_the_host(fresh: Fresh, tmp_path: Path) -> None:

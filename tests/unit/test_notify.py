@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from netfence.notify import notify, watchdog_s
+from netfence.notify import extend, notify, watchdog_s
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
@@ -19,6 +19,8 @@ def test_the_service_manager_hears_it(monkeypatch: pytest.MonkeyPatch, tmp_path:
         monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
         notify("READY=1", "STATUS=2 attachments")
         assert manager.recv(100) == b"READY=1\nSTATUS=2 attachments"
+        extend(0.25)
+        assert manager.recv(100) == b"EXTEND_TIMEOUT_USEC=250000"
 
 
 @pytest.mark.parametrize("value", [None, "", "/nowhere/at/all", "relative"], ids=str)

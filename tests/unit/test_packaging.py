@@ -14,12 +14,16 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from netfence.api.service import MAX_CALLS
 from netfence.config import Config
 from netfence.control.policyfile import load_policy_file
+from netfence.dns import limits
+from netfence.policy.limits import MAX_ATTACHMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
 CONTAINERFILE = (PACKAGING / "Containerfile").read_text()
+OTHERS = 256  # open files: maps and programs, netlink, metrics, the control plane, the store, the loop
 SERVICE = (PACKAGING / "netfenced.service").read_text()
 
 
@@ -111,6 +115,7 @@ def test_the_image_runs_with_what_the_service_has() -> None:
     for limit, name in (("LimitNOFILE", "nofile"), ("LimitMEMLOCK", "memlock")):
         (value,) = setting(limit)
         assert f"--ulimit {name}={'-1' if value == 'infinity' else value} " in command
+    assert f"--stop-timeout {setting('TimeoutStopSec')[0]} " in command
     for part in ("--network host", "--cgroupns host", "--cap-drop ALL", "--security-opt no-new-privileges"):
         assert part in command
     volumes = dict(volume.split(":", 1) for volume in re.findall(r"--volume (\S+)", command))
@@ -120,6 +125,12 @@ def test_the_image_runs_with_what_the_service_has() -> None:
     assert {path for path, where in volumes.items() if where.endswith(":ro")} == {"/etc/netfence", "/sys/fs/cgroup"}
     assert all(where.removesuffix(":ro") == path for path, where in volumes.items())
     assert config.bpffs_dir.is_relative_to("/sys/fs/bpf")
+
+
+def test_open_files_are_allowed_for_all_that_may_be_open_at_once() -> None:
+    each = len(("UDP", "TCP", "cgroup")) + limits.MAX_TCP_CONNECTIONS
+    (allowed,) = setting("LimitNOFILE")
+    assert int(allowed) >= MAX_ATTACHMENTS * each + limits.MAX_FLIGHTS + MAX_CALLS + OTHERS
 
 
 def test_the_image_starts_what_the_service_starts() -> None:

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 
 from netfence import schema
 from netfence.errors import NetfenceError, PreconditionError
-from netfence.store import DATABASE, SCHEMA_VERSION, Row, Store
+from netfence.store import DATABASE, SCHEMA_VERSION, Claim, Row, Store
 
 ROW = Row(
     id="one",
@@ -147,10 +148,38 @@ def test_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
     connection.close()
     before = (tmp_path / DATABASE).read_bytes()
-    for _ in range(2):  # and the lock is free again
+    for begin in (Store.open, Claim, Store.open):  # and the lock is free again
         with pytest.raises(PreconditionError, match=f"schema version {SCHEMA_VERSION + 1}, this netfenced reads"):
-            Store.open(tmp_path)
+            begin(tmp_path)
     assert (tmp_path / DATABASE).read_bytes() == before
+
+
+def test_a_claim_keeps_others_out_and_changes_nothing(tmp_path: Path) -> None:
+    make_schema_1(tmp_path, ROW)
+    before = (tmp_path / DATABASE).read_bytes()
+    with closing(Claim(tmp_path)) as claim:
+        with pytest.raises(PreconditionError, match="another netfenced uses this data_dir"):
+            Store.open(tmp_path)
+        assert (tmp_path / DATABASE).read_bytes() == before
+
+        async def use() -> None:
+            store = Store.open(tmp_path, claim)
+            assert await store.load() == [ROW]
+            await store.close()
+
+        asyncio.run(use())
+        with pytest.raises(PreconditionError, match="another netfenced uses this data_dir"):
+            Store.open(tmp_path)  # the claim outlives the store
+    assert rows(tmp_path) == [ROW]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a database at all" * 100], ids=["none", "empty", "damaged"])
+def test_a_claim_leaves_what_it_cannot_read_to_the_store(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / DATABASE).write_bytes(content)
+    Claim(tmp_path).close()
+    assert [path.read_bytes() for path in tmp_path.glob(DATABASE)] == ([] if content is None else [content])
+    assert rows(tmp_path) == []
 
 
 def aside(directory: Path) -> list[Path]:

@@ -8,7 +8,8 @@ stands in `data_dir`. Refuses to know what any program does.
 Another build's programs stay in force while ours are made and its maps' contents carried over (carry.py); whoever takes
 an attachment over puts our programs in their places, and when none of theirs is left `forget` removes what they pinned.
 A directory ``maps-<build>/whole`` says that ours hold all there is: without it, a start that was cut short is begun
-anew, because no hook can have our programs yet.
+anew, because no hook can have our programs yet. ``maps-<build>/order-<number>`` says which of several came last: not
+the time, which somebody may set back between two upgrades.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+from packaging.version import Version
 
 from netfence import __version__
 from netfence.dataplane import compile as child
@@ -41,6 +42,9 @@ COMPILE_TIMEOUT_S = 180.0
 
 WHOLE = "whole"
 """The directory among a build's maps that says that they hold everything."""
+
+ORDER = "order-"
+"""How the directory's name begins that says how many builds were in force before. Older netfences make none."""
 
 log = structlog.get_logger(__name__)
 
@@ -87,7 +91,7 @@ def load(bpffs_dir: Path, data_dir: Path, max_leases: int, lock_fd: int) -> Load
     try:
         if not any(bpffs_dir.glob("links/*")):
             forget(bpffs_dir, data_dir, others(bpffs_dir, build))  # nothing is in force
-        source = _in_force(bpffs_dir)
+        source = in_force(bpffs_dir)
         if source not in ("", build):
             _require_older(source, _layout(data_dir, source))
             forget(bpffs_dir, data_dir, [build])  # of a start that was cut short, or of an upgrade that is taken back
@@ -106,7 +110,7 @@ def load(bpffs_dir: Path, data_dir: Path, max_leases: int, lock_fd: int) -> Load
                 old = {pin.name: Map.pinned(pin) for pin in pins}
                 carried = carry_over(old, Layout.load(_layout(data_dir, source)), maps, layout)
                 log.warning("upgrading", from_build=source, to_build=build, **carried)
-            (maps_dir / WHOLE).mkdir(mode=0o700)
+            put_in_force(bpffs_dir, build)
     except OSError as error:
         raise explain(f"load the data plane under {bpffs_dir}", error) from error
     return Loaded(build, layout, maps, programs)
@@ -163,10 +167,25 @@ def _unread(layout_file: Path) -> bool:
     return False
 
 
-def _in_force(bpffs_dir: Path) -> str:
+def put_in_force(bpffs_dir: Path, build: str) -> None:
+    """Say that this build's maps hold all there is, and that it is the last one that did."""
+    last = max((_order(path) for path in bpffs_dir.glob(f"maps-*/{WHOLE}")), default=(0, 0))
+    directory = _maps(bpffs_dir, build)
+    # First, because it counts with the other one alone; of a start cut short between the two it is there already.
+    (directory / f"{ORDER}{last[0] + 1}").mkdir(mode=0o700, exist_ok=True)
+    (directory / WHOLE).mkdir(mode=0o700)
+
+
+def in_force(bpffs_dir: Path) -> str:
     """Tell which build's maps hold what is in force: of several, which upgrades cut short leave, the last; "": none."""
-    whole = sorted(bpffs_dir.glob(f"maps-*/{WHOLE}"), key=lambda path: path.stat().st_mtime_ns)
+    whole = sorted(bpffs_dir.glob(f"maps-*/{WHOLE}"), key=_order)
     return whole[-1].parent.name.partition("-")[2] if whole else ""
+
+
+def _order(whole: Path) -> tuple[int, int]:
+    """Return what sorts builds by when they were put in force; those that have no number come first, by their time."""
+    numbers = [int(path.name.removeprefix(ORDER)) for path in whole.parent.glob(f"{ORDER}*")]
+    return max(numbers, default=0), whole.stat().st_mtime_ns
 
 
 def _require_older(build: str, layout_file: Path) -> None:
@@ -175,15 +194,21 @@ def _require_older(build: str, layout_file: Path) -> None:
     remedy = "they stay in force; start that version again, with on_shutdown: detach to take them off"
     try:
         version = str(json.loads(layout_file.read_text(encoding="utf-8"))["version"])
+        newer = is_newer(version, __version__)
     except (OSError, ValueError, KeyError) as error:
         raise PreconditionError(f"{whose}: read {layout_file}: {error}; {remedy}") from error
-    if _numbers(version) > _numbers(__version__):
+    if newer:
         message = f"{whose}: it is of version {version}, this is {__version__}, and no way leads back; {remedy}"
         raise PreconditionError(message)
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+def is_newer(version: str, than: str) -> bool:
+    """Tell whether a version comes after another (PEP 440); what is behind a ``+`` says who built it, and counts not.
+
+    Raises ValueError for what is no version.
+    """
+    one, other = (Version(each.partition("+")[0]) for each in (version, than))
+    return one > other
 
 
 def _compile(job: child.Job, lock_fd: int) -> None:

@@ -18,9 +18,14 @@ import pytest
 import yaml
 
 import docs_reference
+from netfence import flows
+from netfence.api import service
 from netfence.cli import cli
-from netfence.config import KEYS
+from netfence.config import KEYS, ControlPlane, Dns
+from netfence.control import policyfile, queries
 from netfence.dataplane import target
+from netfence.dns import limits as dns_limits
+from netfence.policy import limits as policy_limits
 from netfence.policy.modes import Reason
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,6 +81,12 @@ NOT_BY_XDP = {
     "to be segmented": "a frame still to be segmented",
     "tags out of the data": "a tag kept out of the data",
 }
+
+
+def constant(name: str) -> int:
+    """Read a limit of the BPF programs."""
+    ((value,),) = (re.findall(rf"#define NF_{name} (\d+)\b", (ROOT / "bpf/layout.h").read_text()),)
+    return int(value)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +256,39 @@ def test_every_kind_that_xdp_is_refused_for_is_said() -> None:
     refused = {*target._KIND_DIRECTION, "bridge", "macvlan", "ifb"} - target._XDP_KINDS
     assert {"netkit", "macvtap"} < refused
     assert [kind for kind in sorted(refused) if kind not in said] == []
+
+
+LIMITS = {  # the first words of a row in operations.md → figures that it must have, in the order of the row
+    "attachments": [policy_limits.MAX_ATTACHMENTS],
+    "DNS ports": [],
+    "CIDR rules of one attachment": [policy_limits.MAX_CIDR_RULES],
+    "domain rules of one attachment": [policy_limits.MAX_DOMAIN_RULES],
+    "CIDRs with a TTL inside one another": [policy_limits.MAX_TTL_NESTING],
+    "leases of one attachment": [Dns().max_leases],
+    "leases of all": [Dns().max_leases_total],
+    "queries a second": [],
+    "queries waiting": [dns_limits.MAX_OUTSTANDING],
+    "questions to upstreams": [dns_limits.MAX_FLIGHTS, dns_limits.MAX_FREE_FLIGHTS],
+    "questions to the control plane": [queries.MAX_QUERIES, queries.MAX_FREE],
+    "TCP connections to a DNS server": [dns_limits.MAX_TCP_CONNECTIONS],
+    "connections begun from outside": [constant("INBOUND_PER_SLOT"), constant("INBOUND")],
+    "destinations remembered in audit mode": [constant("SEEN_PER_SLOT"), constant("SEEN")],
+    "streams of `watch` and `top`": [flows.MAX_WATCHERS],
+    "calls of the API": [service.MAX_CALLS],
+    "message of the control plane": [ControlPlane().max_message_size >> 20],
+    "policy file": [policyfile.MAX_FILE_BYTES >> 20],
+}
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    text = (DOCS / "operations.md").read_text(encoding="utf-8").partition("\n## Limits\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(LIMITS)
+    for start, figures in LIMITS.items():
+        ((_, limit, _),) = (row for row in rows if row[0].startswith(start))
+        told = [int(figure.replace(",", "")) for figure in re.findall(r"(?<![\w.])\d[\d,]*", limit)]
+        assert told[: len(figures)] == figures, start
+    assert f"`dns.port_min` to `dns.port_max`, {Dns().port_min} to {Dns().port_max}: " in text
 
 
 def test_the_build_lets_no_warning_pass() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,8 +27,9 @@ def noxfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(nox.registry, "_REGISTRY", OrderedDict())  # a session registered twice is warned of
     spec.loader.exec_module(loaded)
+    for name in ("JUNIT", "CHOSEN"):
+        monkeypatch.setattr(loaded, name, tmp_path / getattr(loaded, name).relative_to(loaded.ROOT))
     monkeypatch.setattr(loaded, "ROOT", tmp_path)
-    monkeypatch.setattr(loaded, "JUNIT", tmp_path / "build/junit")
     return loaded
 
 
@@ -46,7 +49,7 @@ class Recorder:
         assert external
         self.commands.append([*argv])
         # Where sudo is needed, it is `env` that sets them.
-        self.env.append(env or dict(word.split("=", 1) for word in argv[: argv.index("-m")] if "=" in word))
+        self.env.append(env or dict(word.split("=", 1) for word in argv if re.match(r"\w+=", word)))
         self.may_select_nothing.append(5 in success_codes)
         if self._fails and set(self._fails) <= set(argv):
             raise CommandFailed
@@ -82,11 +85,41 @@ def test_kernel_runs_what_may_run_side_by_side_and_then_the_rest(noxfile: Module
     assert ('"passed"' in told) == (failing is None)
 
 
-def test_kernel_with_a_selection_runs_that_alone(noxfile: ModuleType) -> None:
-    session = Recorder("-k", "vlan", "-x")
+class Leaving(Recorder):
+    """Leaves results as pytest does: in the file that it is told."""
+
+    def run(
+        self, *argv: str, success_codes: Sequence[int], external: bool, env: Mapping[str, str] | None = None
+    ) -> None:
+        for one in argv:
+            if one.startswith("--junitxml="):
+                results = Path(one.partition("=")[2])
+                assert not results.exists(), "results of another run"
+                results.touch()
+        super().run(*argv, success_codes=success_codes, external=external, env=env)
+
+
+@pytest.mark.parametrize("fails", [(), ("tests/kernel",)], ids=["passes", "fails"])
+def test_kernel_with_a_selection_runs_that_alone_and_tells_what_it_measured(
+    noxfile: ModuleType, fails: tuple[str, ...]
+) -> None:
+    session = Leaving("-k", "vlan", "-x", fails=fails)
+    for _ in range(2):
+        session.commands.clear()
+        with pytest.raises(CommandFailed) if fails else nullcontext():
+            noxfile.kernel(session)
+        ran, told = session.commands
+        results = f"{noxfile.CHOSEN}/host.xml"
+        assert after(ran, "tests/kernel") == [f"--junitxml={results}", "-k", "vlan", "-x"]
+        assert told[-2:] == ["ci/measured.py", results]
+    assert not any(session.may_select_nothing)
+    assert not noxfile.JUNIT.exists()  # the matrix would take it for all there is
+
+
+def test_kernel_with_a_selection_that_leaves_nothing_tells_nothing(noxfile: ModuleType) -> None:
+    session = Recorder("--collect-only")
     noxfile.kernel(session)
-    assert [after(command, "tests/kernel") for command in session.commands] == [["-k", "vlan", "-x"]]
-    assert session.may_select_nothing == [False]
+    assert len(session.commands) == 1
 
 
 class Measured(Recorder):

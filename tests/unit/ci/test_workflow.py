@@ -103,6 +103,7 @@ def test_the_matrix_gets_what_every_run_leaves(jobs: dict[str, Any]) -> None:
 
 def test_what_was_found_is_kept_whatever_failed(jobs: dict[str, Any]) -> None:
     assert uploads(jobs["matrix"]) == {"matrix": ["build/matrix.html"]}
+    assert uploads(jobs["nightly"]) == {"nightly": ["build/junit-chosen/"]}
     assert uploads(jobs["perf"]) == {"perf-report": ["report.html", "report.json"]}
     for name, job in jobs.items():
         for step in job["steps"]:
