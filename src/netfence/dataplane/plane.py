@@ -8,6 +8,7 @@ Methods are for the event loop; what blocks runs in a few worker threads of its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import functools
 import os
@@ -492,10 +493,9 @@ class DataPlane:
     async def _release(self) -> None:
         while self._to_release:
             batch = list(self._to_release)
-            try:
+            with contextlib.suppress(OSError):  # `refill` tries again what failed, and tells
                 await self._run(functools.partial(self._rules.release, batch))
-            finally:
-                del self._to_release[: len(batch)]  # on failure lost until the next start, never reused while in doubt
+            del self._to_release[: len(batch)]
         await self._run(self._rules.refill)
 
     async def _run(self, work: Callable[[], T]) -> T:
