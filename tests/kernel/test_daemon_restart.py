@@ -242,18 +242,73 @@ def test_an_attach_that_was_never_finished_is_taken_off(topology: Topology, star
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
 
 
-def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start: Start) -> None:
-    workload = topology.add_veth()
-    daemon = start(topology, policy={"default": {"mode": "block_all"}})
-    attached = daemon.attach(interface=workload.host_if)
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start: Start, *, tcx: bool) -> None:
+    """Its rules are what the kernel has, its names are refused until it gets a policy, and it can be taken off."""
+    workload, other = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if, metadata={"tenant": "acme"})
+    untouched = daemon.attach(interface=other.host_if)
+    assert query(workload, attached.dns, "good.test") == [LEARNED4]
+
+    def enforced(veth: Workload) -> tuple[int, int]:
+        return topology.arrived(veth, UDP4, OUTSIDE4), topology.arrived(veth, UDP6, OUTSIDE6)
+
+    before = {info.id: info for info in daemon.attachments()}
+    daemon._policy = None  # nobody gives one
+    daemon.write_config({})
+    for damage in ("{damaged", "{}"):
+        daemon.kill()
+        edit_state(daemon, "UPDATE attachments SET policy = ? WHERE id = ?", damage, attached.id)
+        assert enforced(workload) == (3, 0)
+        daemon.start()
+        assert enforced(workload) == enforced(other) == (3, 0)
+        assert {told["attachment"] for told in daemon.events("policy_not_read")} == {attached.id}
+        assert not daemon.events("not_taken_over")
+        after = {info.id: info for info in daemon.attachments()}
+        for field in ("target", "dns_address", "metadata", "attached_at", "attach_mechanism", "mode"):
+            assert getattr(after[attached.id], field) == getattr(before[attached.id], field), field
+        assert after[attached.id].policy_version == ""
+        assert after[untouched.id].policy_version == before[untouched.id].policy_version
+        assert "attached already" in _refused(daemon, interface=workload.host_if)
+        with Agent(netns=workload.netns) as agent:
+            assert agent.query(attached.dns, "good.test").header.rcode == 5  # REFUSED
+        assert query(other, untouched.dns, "good.test") == [LEARNED4]
     daemon.kill()
-    edit_state(daemon, "UPDATE attachments SET policy = ?", "{damaged")
+    daemon._policy = POLICY  # the file that is as it was
+    daemon.write_config({})
     daemon.start()
-    assert daemon.own_events("not_taken_over", attached.id)
-    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    wait_for(daemon.policy_in_force, "the policy of the file")
+    assert query(workload, attached.dns, "other.test") == ["203.0.113.81"]
+    assert enforced(workload) == (3, 0)
+    daemon.detach(attached.id)
+    assert enforced(workload) == (3, 3)
+    assert enforced(other) == (3, 0)
+
+
+def test_what_cannot_be_read_can_be_taken_off_and_goes_with_its_target(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup]
+) -> None:
+    workload, gone, group = topology.add_veth(), topology.add_veth(), cgroups("box")
+    daemon = start(topology, policy=POLICY)
+    attached = [
+        daemon.attach(interface=workload.host_if),
+        daemon.attach(interface=gone.host_if),
+        daemon.attach(cgroup=group),
+    ]
+    daemon._policy = None
+    daemon.write_config({})
     daemon.kill()
-    edit_state(daemon, "UPDATE attachments SET policy = NULL")
+    edit_state(daemon, "UPDATE attachments SET policy = '{damaged'")
     daemon.start()
+    assert {info.id for info in daemon.attachments()} == {each.id for each in attached}
+    topology.host.ip(f"link del {gone.host_if}")
+    wait_for(lambda: len(daemon.attachments()) == 2, "the one whose target went to be gone")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.detach(attached[0].id)
+    daemon.detach(attached[2].id)
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+    assert daemon.link_pins() == []
 
 
 @pytest.mark.parametrize("over", ["before", "meanwhile"])

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ class FakePlane:
         self.fail: dict[str, Exception] = {}
         self.forgotten: list[tuple[int, int]] = []
         self.xdp: set[str] = set()  # attachments that have XDP too
+        self.known: dict[str, Policy] = {}  # what the kernel remembers of attachments
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -137,6 +139,10 @@ class FakePlane:
 
     def pinned(self) -> set[str]:
         return set(self.hooked)
+
+    async def remembered(self) -> dict[str, Any]:
+        self._called("remembered")
+        return {name: SimpleNamespace(policy=policy) for name, policy in self.known.items()}
 
     async def leases(self) -> dict[int, dict[bytes, float]]:
         return {slot: {ADDRESS: 1e12} for slot in range(1, 10)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -18,12 +19,13 @@ from tests.unit.test_store import damage_daemon_table
 
 from netfence import restore as module
 from netfence.control.port import UnsubscribeReason
-from netfence.errors import NetfenceError, PreconditionError
+from netfence.errors import ExistsError, NetfenceError, PreconditionError
 from netfence.hosting import Host
 from netfence.lifecycle import key_of
+from netfence.policy.cidr import CidrTable, Entry, parse_cidr
 from netfence.policy.commands import DenyDomain, SetMode
-from netfence.policy.modes import Mode
-from netfence.policy.policy import EMPTY
+from netfence.policy.modes import DnsMode, Mode
+from netfence.policy.policy import EMPTY, DnsPolicy, Policy
 from netfence.restore import Outcome, restore
 from netfence.store import DATABASE, Row, Store
 
@@ -303,6 +305,7 @@ def test_after_a_reboot_a_policy_that_cannot_be_read_is_block_all(tmp_path: Path
         live = bench.only()
         assert bench.plane.policies == {live.row.slot: EMPTY}
         assert not live.attachment.view().acked
+        assert live.attachment.view().policy_version == ""  # or a policy file that is as it was would not be applied
 
     after_restart(tmp_path, work, policy="{damaged", boot_id="the boot before")
 
@@ -318,13 +321,62 @@ def test_trying_again_ends_with_the_attachment(tmp_path: Path) -> None:
     after_restart(tmp_path, work)
 
 
-def test_the_port_of_what_cannot_be_read_is_not_given_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", ["{damaged", "[" * 100_000, '{"v": 0}', "[]"], ids=["cut", "deep", "version", "other"]
+)
+def test_a_policy_that_cannot_be_read_comes_from_the_kernel_without_names(tmp_path: Path, damage: str) -> None:
+    """It is listed, watched, detachable and nobody's policy: so it is given one anew, whatever version it had."""
+
     async def work(bench: Bench) -> None:
-        assert await restored(bench) == Counter({Outcome.LEFT_ALONE: 1})
-        live = await bench.attach("veth8")
-        assert (live.row.slot, live.row.dns_port) == (2, PORTS[0] + 1)
+        last = (await bench.store.load())[-1]
+        assert last.policy_version == "v1"
+        rules = CidrTable.of([(parse_cidr("192.0.2.0/24"), Entry(math.inf, 0.0))])
+        names = DnsPolicy(mode=DnsMode.ALLOWLIST)
+        bench.plane.known = {last.id: Policy(mode=Mode.DENYLIST, cidrs=rules, dns=names)}
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 2})
+        (told,) = [one for one in logs if one["event"] == "policy_not_read"]
+        assert (told["attachment"], told["log_level"]) == (last.id, "error")
+        assert told["effect"].startswith("its rules are what the kernel has, names are refused")
+        first, second = bench.lifecycle.all()
+        assert bench.plane.policies[second.row.slot] == bench.plane.known[last.id]
+        assert (second.attachment.view().acked, second.attachment.view().policy_version) == (False, "")
+        assert (first.attachment.view().acked, first.attachment.view().policy_version) == (True, "v1")
+        assert bench.plane.policies[first.row.slot].mode is Mode.BLOCK_ALL
+        assert bench.watch.targets == {key_of(live.target) for live in (first, second)}
+        with pytest.raises(ExistsError, match="attached already"):
+            await bench.attach("veth8")
+        third = await bench.attach("veth9")  # which gets neither its slot nor its port
+        assert (third.row.slot, third.row.dns_port) == (3, PORTS[0] + 2)
+        await bench.lifecycle.detach(second.row.id)
+        assert set(bench.plane.hooked) == {first.row.id, third.row.id}
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), policy=damage)
+
+
+@pytest.mark.parametrize("why", ["unknown", "unreadable"])
+def test_a_policy_that_neither_store_nor_kernel_can_tell_is_block_all(tmp_path: Path, why: str) -> None:
+    async def work(bench: Bench) -> None:
+        if why == "unreadable":
+            bench.plane.fail = {"remembered": OSError(24, "Too many open files")}
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 1})
+        assert len([one for one in logs if one["event"] == "rules_not_read"]) == (why == "unreadable")
+        assert bench.plane.policies == {bench.only().row.slot: EMPTY}
+        assert not bench.only().attachment.view().acked
 
     after_restart(tmp_path, work, policy="{damaged")
+
+
+def test_the_kernel_is_asked_once_for_all_policies_that_cannot_be_read(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        for row in await bench.store.load():
+            await bench.store.remove(row.id)
+            await bench.store.reserve(replace(row, policy="{damaged"))
+        await restored(bench)
+        assert bench.plane.calls.count("remembered") == 1
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8", "veth9"))
 
 
 def test_a_lost_port_is_bound_again_but_not_for_what_was_detached(tmp_path: Path) -> None:
