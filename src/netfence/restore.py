@@ -24,6 +24,7 @@ import structlog
 from netfence import policy_codec
 from netfence.control.port import UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, resolve_cgroup
+from netfence.dataplane.renamed import carries
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer, resolve_interface
 from netfence.endpoints import Endpoint
 from netfence.errors import InvalidError, NetfenceError, NotFoundError, PreconditionError
@@ -109,6 +110,8 @@ async def _restore_one(
     parts.plane.claim_slot(row.slot)
     rebooted = row.boot_id != parts.boot_id
     target = await asyncio.to_thread(_find, row, rebooted)
+    if not rebooted and target is not None and await _replaced(parts, row, target):
+        target = None
     if target is None or row.policy is None:
         await _drop(lifecycle, row, target, rebooted=rebooted)
         return Outcome.DROPPED
@@ -231,6 +234,26 @@ def _find(row: Row, rebooted: bool) -> Target | None:
         return None
     same = interface.kind == row.link_kind and (rebooted or str(interface.ifindex) == row.identity)
     return interface if same else None
+
+
+async def _replaced(parts: Parts, row: Row, target: Target) -> bool:
+    """Tell whether an interface with the index of the old one, under another name, is another one.
+
+    It is the old one where it carries a hook of ours, and where that cannot be looked up.
+    """
+    if isinstance(target, CgroupTarget) or target.name == row.name:
+        return False
+    say = log.bind(attachment=row.id, target=row.name, now=target.name)
+    links_dir, mechanism = parts.config.bpffs_dir / "links", parts.plane.tc_mechanism
+    try:
+        same = await asyncio.to_thread(carries, links_dir, row.id, target.ifindex, mechanism)
+    except NetfenceError as error:
+        say.warning("hooks_not_read", error=str(error), effect="it counts as renamed and stays fenced")
+        return False
+    if not same:
+        effect = f"{target.name} is not fenced: it is another interface, or somebody took our hooks off and renamed it"
+        say.warning("target_replaced", effect=effect)
+    return not same
 
 
 async def _drop(lifecycle: Lifecycle, row: Row, target: Target | None, *, rebooted: bool) -> None:

@@ -143,6 +143,43 @@ def test_a_target_that_is_gone_is_not_looked_for_by_its_old_index(tmp_path: Path
     after_restart(tmp_path, work, rows=("veth7", "veth8"), identity=str(GONE))
 
 
+@pytest.mark.parametrize("hooks", [True, False, NetfenceError("no memory")], ids=["carried", "not-there", "not-read"])
+def test_another_name_at_the_same_index_is_a_rename_only_with_our_hooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hooks: bool | Exception
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def carries(*what: Any) -> bool:
+        asked.append(what)
+        if isinstance(hooks, Exception):
+            raise hooks
+        return hooks
+
+    async def work(bench: Bench) -> None:
+        monkeypatch.setattr(module, "carries", carries)
+        monkeypatch.setattr(
+            module, "_find", lambda row, _: interface({"veth8": "other"}.get(row.name, row.name), int(row.identity))
+        )
+        _, row = await bench.store.load()
+        with capture_logs() as logs:
+            outcomes = await restored(bench)
+        assert asked == [(bench.lifecycle.parts.config.bpffs_dir / "links", row.id, 8, "tcx")]
+        told = [one["event"] for one in logs if one["log_level"] == "warning"]
+        if hooks:
+            assert outcomes == Counter({Outcome.TAKEN_OVER: 2})
+            assert {live.row.name for live in bench.lifecycle.all()} == {"veth7", "other"}
+            assert told == ([] if hooks is True else ["hooks_not_read"])
+            return
+        assert outcomes == Counter({Outcome.TAKEN_OVER: 1, Outcome.DROPPED: 1})
+        assert told == ["target_replaced"]
+        assert bench.control.unsubscribed == [UnsubscribeReason.REMOVED]
+        assert "detach 8" not in bench.plane.calls  # the other one is not touched
+        assert bench.plane.forgotten == [(2, 8)]
+        assert [one.id for one in await bench.store.load()] == [bench.only().row.id]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"))
+
+
 def test_after_a_reboot_an_attach_that_never_ended_touches_no_interface(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         assert await restored(bench) == Counter({Outcome.DROPPED: 1})
