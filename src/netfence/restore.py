@@ -75,6 +75,9 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
         else:
             say.info(outcome.value.replace(" ", "_"))
         outcomes[outcome] += 1
+    if cleared := await parts.plane.clear_unclaimed(leases):
+        effect = "of attachments that are known to nobody any more; the next ones there would have had their leases"
+        log.warning("slots_cleared", slots=cleared, effect=effect)
     if behind := await parts.plane.finish_upgrade():
         log.error("upgrade_not_finished", attachments=sorted(behind), effect="another build's programs judge these")
     return outcomes

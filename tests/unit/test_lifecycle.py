@@ -62,6 +62,7 @@ class FakePlane:
         self.fail: dict[str, Exception] = {}
         self.forgotten: list[tuple[int, int]] = []
         self.xdp: set[str] = set()  # attachments that have XDP too
+        self.unclaimed: set[int] = set()  # slots that were nobody's once all was restored
         self.known: dict[str, Policy] = {}  # what the kernel remembers of attachments
 
     def _called(self, name: str) -> None:
@@ -98,6 +99,11 @@ class FakePlane:
         del target, direction, name
         self._called("front")
         return ["somebody"]
+
+    async def clear_unclaimed(self, others: Iterable[int]) -> list[int]:
+        self._called("clear_unclaimed")
+        self.unclaimed = self.free & set(others)
+        return sorted(self.unclaimed)
 
     async def finish_upgrade(self) -> set[str]:
         return set()

@@ -119,6 +119,16 @@ def test_what_was_attached_is_taken_over_with_its_leases(tmp_path: Path) -> None
     after_restart(tmp_path, work)
 
 
+def test_slots_are_cleared_that_nobody_has_claimed_and_no_others(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        with capture_logs() as logs:
+            await restored(bench)
+        assert bench.plane.unclaimed == set(range(2, 10))  # the one that was dropped has its slot cleared already
+        assert [one["slots"] for one in logs if one["event"] == "slots_cleared"] == [list(range(2, 10))]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), identity=str(GONE))
+
+
 def test_a_target_that_is_gone_is_not_looked_for_by_its_old_index(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         claimed: list[str] = []
@@ -164,7 +174,7 @@ def test_another_name_at_the_same_index_is_a_rename_only_with_our_hooks(
         with capture_logs() as logs:
             outcomes = await restored(bench)
         assert asked == [(bench.lifecycle.parts.config.bpffs_dir / "links", row.id, 8, "tcx")]
-        told = [one["event"] for one in logs if one["log_level"] == "warning"]
+        told = [one["event"] for one in logs if one["log_level"] == "warning" and one.get("attachment") == row.id]
         if hooks:
             assert outcomes == Counter({Outcome.TAKEN_OVER: 2})
             assert {live.row.name for live in bench.lifecycle.all()} == {"veth7", "other"}

@@ -167,6 +167,22 @@ class DataPlane:
         else:
             self._free.add(slot)
 
+    async def clear_unclaimed(self, others: Iterable[int]) -> list[int]:
+        """Clear what a detach that was cut short left in slots that nobody has claimed; return them.
+
+        `config` goes last in a detach, so who has none has nothing; `others` are looked at all the same. Call it when
+        every attachment of the last daemon has its slot: the next ones would inherit its leases and connections.
+        """
+        asked = set(others)
+        left = [slot for slot in sorted(self._free) if slot in asked or self.config.read(slot) is not None]
+        for slot in left:
+            index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
+            self._write_word(slot, SlotWord(mode=self._start_mode))
+            await self._run(functools.partial(self._clear, slot))
+            if index:
+                self._give_back(index)
+        return left
+
     @property
     def tc_mechanism(self) -> str:
         """Return how TC filters hang on interfaces here: ``tcx`` or ``clsact``."""
