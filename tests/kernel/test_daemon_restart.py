@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sqlite3
@@ -309,6 +310,36 @@ def test_what_cannot_be_read_can_be_taken_off_and_goes_with_its_target(
     daemon.detach(attached[2].id)
     assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
     assert daemon.link_pins() == []
+
+
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_a_command_that_was_in_force_and_not_stored_is_undone_and_told(
+    topology: Topology, start: Start, *, tcx: bool
+) -> None:
+    """Killed in between, which the lock of another process on the database makes last."""
+    workload, other = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if)
+    before = daemon.info(attached.id)
+    with closing(sqlite3.connect(daemon.directory / "data" / DATABASE, isolation_level=None)) as state:
+        state.execute("BEGIN IMMEDIATE")
+        daemon.write_policy(f"default: {{mode: denylist, deny_cidrs: [{OUTSIDE4}]}}")
+        wait_for(lambda: topology.arrived(workload, UDP6, OUTSIDE6) == 3, "the new policy to be in force")
+        daemon.kill()
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.write_policy(json.dumps(POLICY))  # whoever gave the command does not give it again
+    daemon.start()
+    assert [told["level"] for told in daemon.own_events("command_undone", attached.id)] == ["warning"]
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    after = daemon.info(attached.id)
+    assert (after.policy_hash, after.policy_version) == (before.policy_hash, before.policy_version)
+    daemon.attach(interface=other.host_if)
+    daemon.set_policy({"default": {"mode": "denylist"}})
+    daemon.kill()
+    daemon.start()
+    assert len(daemon.events("command_undone")) == 1
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
 
 
 @pytest.mark.parametrize("over", ["before", "meanwhile"])

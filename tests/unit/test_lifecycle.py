@@ -61,6 +61,7 @@ class FakePlane:
         self.calls: list[str] = []
         self.fail: dict[str, Exception] = {}
         self.forgotten: list[tuple[int, int]] = []
+        self.unsure: set[int] = set()  # slots whose policy is not stored
         self.xdp: set[str] = set()  # attachments that have XDP too
         self.unclaimed: set[int] = set()  # slots that were nobody's once all was restored
         self.known: dict[str, Policy] = {}  # what the kernel remembers of attachments
@@ -142,6 +143,12 @@ class FakePlane:
         await asyncio.sleep(0)
         self._called("apply")
         self.policies[slot] = policy
+
+    def note_unstored(self, slot: int, unstored: bool) -> None:
+        (self.unsure.add if unstored else self.unsure.discard)(slot)
+
+    def unstored(self, slot: int) -> bool:
+        return slot in self.unsure
 
     def pinned(self) -> set[str]:
         return set(self.hooked)

@@ -323,6 +323,17 @@ class DataPlane:
         if before not in (0, index):
             self._give_back(before)
 
+    def note_unstored(self, slot: int, unstored: bool) -> None:
+        """Note, for the next daemon, that the slot is switched to what is not stored yet, or that it is stored."""
+        state = self._slots[slot]
+        if state.unstored is not unstored:
+            state.unstored = unstored
+            self._write_word(slot, state)
+
+    def unstored(self, slot: int) -> bool:
+        """Tell what was noted last, by a daemon before us too."""
+        return self._slots[slot].unstored
+
     def _small_change(
         self, state: SlotWord, policy: Policy, old: Policy | None, now: float
     ) -> list[tuple[Key, Entry | None]] | None:
