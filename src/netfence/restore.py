@@ -75,6 +75,7 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
         else:
             say.info(outcome.value.replace(" ", "_"))
         outcomes[outcome] += 1
+    await parts.endpoints.tidy()
     if cleared := await parts.plane.clear_unclaimed(leases):
         effect = "of attachments that are known to nobody any more; the next ones there would have had their leases"
         log.warning("slots_cleared", slots=cleared, effect=effect)

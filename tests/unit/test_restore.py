@@ -119,6 +119,20 @@ def test_what_was_attached_is_taken_over_with_its_leases(tmp_path: Path) -> None
     after_restart(tmp_path, work)
 
 
+def test_what_is_left_of_endpoints_is_tidied_when_all_have_theirs(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        taken: list[set[int]] = []
+
+        async def tidy() -> None:
+            taken.append(set(bench.endpoints._taken))
+
+        bench.endpoints.tidy = tidy  # type: ignore[method-assign]
+        await restored(bench)
+        assert taken == [{PORTS[0], PORTS[0] + 1}]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), policy="{damaged")
+
+
 def test_slots_are_cleared_that_nobody_has_claimed_and_no_others(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         with capture_logs() as logs:
