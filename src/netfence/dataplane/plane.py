@@ -168,20 +168,28 @@ class DataPlane:
             self._free.add(slot)
 
     async def clear_unclaimed(self, others: Iterable[int]) -> list[int]:
-        """Clear what a detach that was cut short left in slots that nobody has claimed; return them.
+        """Clear what a detach that was cut short left in slots that nobody has claimed; return those that were cleared.
 
         `config` goes last in a detach, so who has none has nothing; `others` are looked at all the same. Call it when
         every attachment of the last daemon has its slot: the next ones would inherit its leases and connections.
         """
         asked = set(others)
         left = [slot for slot in sorted(self._free) if slot in asked or self.config.read(slot) is not None]
+        cleared = []
         for slot in left:
             index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
             self._write_word(slot, SlotWord(mode=self._start_mode))
-            await self._run(functools.partial(self._clear, slot))
+            try:
+                await self._run(functools.partial(self._clear, slot))
+            except OSError as error:
+                self._free.discard(slot)
+                effect = "it stays taken until the daemon starts again"
+                log.error("slot_not_cleared", slot=slot, error=str(error), effect=effect)  # noqa: TRY400
+                continue
+            cleared.append(slot)
             if index:
                 self._give_back(index)
-        return left
+        return cleared
 
     @property
     def tc_mechanism(self) -> str:
