@@ -271,7 +271,6 @@ def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start:
             assert getattr(after[attached.id], field) == getattr(before[attached.id], field), field
         assert after[attached.id].policy_version == ""
         assert after[untouched.id].policy_version == before[untouched.id].policy_version
-        assert "attached already" in _refused(daemon, interface=workload.host_if)
         with Agent(netns=workload.netns) as agent:
             assert agent.query(attached.dns, "good.test").header.rcode == 5  # REFUSED
         assert query(other, untouched.dns, "good.test") == [LEARNED4]
@@ -280,6 +279,7 @@ def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start:
     daemon.write_config({})
     daemon.start()
     wait_for(daemon.policy_in_force, "the policy of the file")
+    assert "attached already" in _refused(daemon, interface=workload.host_if)
     assert query(workload, attached.dns, "other.test") == ["203.0.113.81"]
     assert enforced(workload) == (3, 0)
     daemon.detach(attached.id)
