@@ -325,6 +325,8 @@ def test_what_was_missed_is_told_also_when_it_could_not_be_looked_at_at_once(mon
                 asked = refused = 0
                 for number in range(20):  # the loop does not run meanwhile
                     run(f"ip link set g0 mtu {1400 + number}")
+                for number in range(20):  # smaller: what room is left after those is not enough for what comes now
+                    run(f"ip addr add 192.0.2.{20 * spared + number}/32 dev g0")
                 run(f"ip link del {name}")
                 await seen.wait(*map(LinkGone, gone))
                 assert refused == 3
