@@ -321,7 +321,7 @@ def test_what_was_missed_is_told_also_when_it_could_not_be_looked_at_at_once(mon
             for number, name in ((w0, "w0"), (g1, "g1"), (h0, "h0")):
                 links.watch(number, name)
             monkeypatch.setattr(watch, "Rtnl", NoDescriptors)
-            for spared, name, gone in ((1, "h0", {h0, w0}), (0, "g1", {g1})):  # noqa: B007 - what `NoDescriptors` reads
+            for spared, name, gone in ((1, "h0", {h0, w0}), (0, "g1", {g1})):
                 asked = refused = 0
                 for number in range(20):  # the loop does not run meanwhile
                     run(f"ip link set g0 mtu {1400 + number}")

@@ -528,7 +528,7 @@ class DataPlane:
     async def _release(self) -> None:
         while self._to_release:
             batch = list(self._to_release)
-            with contextlib.suppress(OSError):  # `refill` tries again what failed, and tells
+            with contextlib.suppress(Exception):  # the tables have them all the same; `refill` tries again, and tells
                 await self._run(functools.partial(self._rules.release, batch))
             del self._to_release[: len(batch)]
         await self._run(self._rules.refill)
