@@ -8,7 +8,9 @@ nothing opens:
 - leases are opened in the kernel before they are booked, and closed there after their last hold went;
 - when anything fails after the switch, the old policy is switched back in and the command fails. Leases closed
   meanwhile stay closed, the next query opens them again; those that only the new policy allowed are closed;
-- work that began is finished even when the caller is cancelled.
+- work that began is finished even when the caller is cancelled;
+- what a death of the daemon cut off between switch and store is undone by the next one, which finds a note of it in the
+  kernel: who gave the command was not told that it was carried out.
 
 Commands that wait together are judged one by one and take effect together: one switch, one write to disk.
 
@@ -55,6 +57,14 @@ class Kernel(LeaseKernel, Protocol):
 
     async def apply(self, slot: int, policy: Policy, old: Policy | None, *, start: bool = False) -> None:
         """Switch the slot to `policy` (`start`: `start_mode`) between two packets, or raise with `old` in force."""
+        ...
+
+    def note_unstored(self, slot: int, unstored: bool) -> None:
+        """Note, for the next daemon, that the slot is switched to what is not stored yet, or that it is stored."""
+        ...
+
+    def unstored(self, slot: int) -> bool:
+        """Tell what was noted last, by a daemon before us too."""
         ...
 
 
@@ -215,7 +225,12 @@ class Attachment:
         done = [one for one, refusal in zip(commands, refusals, strict=True) if refusal is None]
         if not done:
             return refusals
-        await self._switch(new)
+        self._kernel.note_unstored(self.row.slot, True)
+        try:
+            await self._switch(new)
+        except Exception:
+            self._kernel.note_unstored(self.row.slot, False)
+            raise
         acked = self.row.acked or any(isinstance(command, BulkUpdate) for command, _ in done)
         try:
             for before, after in pairwise(told_apart(steps)):
@@ -225,6 +240,7 @@ class Attachment:
         except Exception:
             await self._switch_back(new, old)
             raise
+        self._kernel.note_unstored(self.row.slot, False)
         self.policy_hash = digest
         self.active = True
         command, version = done[-1]
@@ -286,6 +302,10 @@ class Attachment:
                 self._in_kernel = None
                 row, begun = self.row, self._stored != start_policy(self._stored.mode)
                 await self._switch(self._stored, start=not (row.acked or row.policy_version or begun))
+                if self._kernel.unstored(row.slot):
+                    effect = "the one before it is in force again; nobody was told that it was carried out"
+                    self.log.warning("command_undone", why="it was in force and not stored", effect=effect)
+                    self._kernel.note_unstored(row.slot, False)
                 self.policy_hash = await self._digest()
                 self.active = True
 
@@ -413,6 +433,7 @@ class Attachment:
             # The kernel is the truth: the new policy is in force, unstored.
             self.log.exception("policy_not_rolled_back", error=str(error), effect="the refused command is in force")
             return
+        self._kernel.note_unstored(self.row.slot, False)
         try:
             await self._leases.drop_denied(new, old)
         except Exception as error:

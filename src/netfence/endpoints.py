@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,7 @@ IFLA_IFNAME, IFLA_LINKINFO, INFO_KIND = 3, 18, 1
 IFF_UP = 1
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Bind = Callable[[str, int], Awaitable[None]]
 
 log = structlog.get_logger(__name__)
@@ -87,6 +88,10 @@ class Endpoints(Protocol):
         """Give an endpoint back. Idempotent; failures are logged."""
         ...
 
+    async def tidy(self) -> None:
+        """Remove what a daemon before us left of endpoints that nobody has claimed. Failures are logged."""
+        ...
+
 
 def make(listen_addr: str, port_min: int, port_max: int) -> Endpoints:
     """Choose by the form of `dns.listen_addr`: an address, or a CIDR."""
@@ -135,6 +140,9 @@ class PortEndpoints:
     async def release(self, endpoint: Endpoint) -> None:
         """Note a port as free."""
         self._taken.discard(endpoint.port)
+
+    async def tidy(self) -> None:
+        """Do nothing: of a port nothing stays."""
 
 
 class AddressEndpoints:
@@ -185,6 +193,18 @@ class AddressEndpoints:
                 log.warning("dns_address_not_removed", address=endpoint.host, error=str(error))
         self._taken.discard(endpoint.host)
 
+    async def tidy(self) -> None:
+        """Take addresses of the network off the dummy interface that a death left there before or behind their row."""
+        if self._dummy is None:
+            return
+        try:
+            removed = await asyncio.to_thread(self._dummy.keep_only, frozenset(self._taken), self._network)
+        except NetfenceError as error:
+            log.warning("dns_address_not_removed", address=str(self._network), error=str(error))
+        else:
+            if removed:
+                log.info("dns_addresses_tidied", addresses=removed)
+
     def _cycle(self) -> Iterator[str]:
         """Yield the network's hosts for ever, without its own and the broadcast address of IPv4."""
         size = self._network.num_addresses
@@ -225,11 +245,43 @@ class Dummy:
                     if error.errno not in (errno.ENODEV, errno.EADDRNOTAVAIL):
                         raise
                     return
-                own = [one for one in rtnl.get_addresses(netlink, ifindex=link.ifindex) if not _automatic(one.address)]
-                if not own and link.kind == "dummy":
+                if not self._own(netlink, link) and link.kind == "dummy":
                     netlink.request(rtnl.RTM_DELLINK, _link(link.ifindex, 0, 0))
         except OSError as error:
             raise _explain(f"remove {host} from dummy interface {DUMMY}", error) from error
+
+    def keep_only(self, hosts: Collection[str], network: Network) -> list[str]:
+        """Take all other addresses of `network` off it, and itself if it has none then; return them.
+
+        Nothing of an interface that is no dummy: somebody else made that. Raises PreconditionError.
+        """
+        removed: list[str] = []
+        try:
+            with self._one, rtnl.Rtnl() as netlink:
+                link = rtnl.get_link(netlink, DUMMY)
+                if link.kind != "dummy":
+                    return []
+                for address in self._own(netlink, link):
+                    if address not in network or str(address) in hosts:
+                        continue
+                    try:
+                        netlink.request(rtnl.RTM_DELADDR, _address(str(address), link.ifindex))
+                    except OSError as error:
+                        if error.errno != errno.EADDRNOTAVAIL:  # of another prefix length: not ours
+                            raise
+                    else:
+                        removed.append(str(address))
+                if not self._own(netlink, link):
+                    netlink.request(rtnl.RTM_DELLINK, _link(link.ifindex, 0, 0))
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise _explain(f"remove addresses from dummy interface {DUMMY}", error) from error
+        return removed
+
+    def _own(self, netlink: rtnl.Rtnl, link: rtnl.LinkRecord) -> list[Address]:
+        """Return what somebody gave it."""
+        found = rtnl.get_addresses(netlink, ifindex=link.ifindex)
+        return [ipaddress.ip_address(one.address) for one in found if not _automatic(one.address)]
 
     def _index(self, netlink: rtnl.Rtnl) -> int:
         try:

@@ -4,6 +4,7 @@ A damaged or lost database takes no fence off. What is pinned is attached again 
 force; names are allowed again when the control plane says so, unless something of the old row could be saved. Of what
 is not pinned the saved row is all there is: after a reboot nothing is, and within one boot pins were lost, or it was
 detached after the row was written. Which of the two nobody can tell, so it is fenced again, as the row says (`sift`).
+Where only the policy of a row cannot be read, that comes from the kernel in the same way (`Recovery.policy`).
 """
 
 from __future__ import annotations
@@ -29,18 +30,35 @@ GONE = "(gone)"
 log = structlog.get_logger(__name__)
 
 
-async def recover(plane: Kernel, names: Iterable[str], saved: Mapping[str, Row], boot_id: str) -> list[Row]:
-    """Make rows for these pinned attachments, with what is `saved` of their old ones.
+class Recovery:
+    """Asks the kernel what it knows of pinned attachments: once, when that is first needed, for it reads all tables."""
 
-    Raises PreconditionError when the kernel does not know one of them either: its slot could be given to another.
-    """
-    known = await plane.remembered()
-    if unknown := sorted(set(names) - set(known)):
-        raise PreconditionError(
-            f"recover attachments: of {len(unknown)} that are pinned nothing is known ({unknown[0]} is one); they stay"
-            " in force; remove their pins under bpffs_dir to take them off"
-        )
-    return [await asyncio.to_thread(_row, name, known[name], saved.get(name), boot_id) for name in names]
+    def __init__(self, plane: Kernel, boot_id: str) -> None:
+        self._plane, self._boot_id = plane, boot_id
+        self._known: Mapping[str, Remembered] | None = None
+
+    async def rows(self, names: Iterable[str], saved: Mapping[str, Row]) -> list[Row]:
+        """Make rows for these pinned attachments, with what is `saved` of their old ones.
+
+        Raises PreconditionError when the kernel does not know one of them either: its slot could be given to another.
+        """
+        known = await self._remembered()
+        if unknown := sorted(set(names) - set(known)):
+            raise PreconditionError(
+                f"recover attachments: of {len(unknown)} that are pinned nothing is known ({unknown[0]} is one); they"
+                " stay in force; remove their pins under bpffs_dir to take them off"
+            )
+        return [await asyncio.to_thread(_row, name, known[name], saved.get(name), self._boot_id) for name in names]
+
+    async def policy(self, name: str) -> Policy | None:
+        """Return what is in force for a pinned attachment, which allows no names; None when the kernel has nothing."""
+        found = (await self._remembered()).get(name)
+        return found.policy if found is not None else None
+
+    async def _remembered(self) -> Mapping[str, Remembered]:
+        if self._known is None:
+            self._known = await self._plane.remembered()
+        return self._known
 
 
 def sift(saved: Iterable[Row], there: Iterable[Row]) -> tuple[list[Row], list[Row]]:
@@ -94,13 +112,15 @@ def _row(name: str, found: Remembered, saved: Row | None, boot_id: str) -> Row:
         attached_at=found.since,
         acked=False,
     )
-    policy = found.policy
+    policy, lost = found.policy, "metadata, names"
     if saved is not None:
         kept = ("metadata", "attached_at", "policy_version", "dns_allowed", "dns_blocked")
-        row = replace(row, **{one: getattr(saved, one) for one in kept})
-        policy = replace(policy, dns=_decoded(saved, policy).dns)
+        row, lost = replace(row, **{one: getattr(saved, one) for one in kept}), "nothing"
+        if (old := _decoded(saved)) is not None:
+            policy = replace(policy, dns=old.dns)
+        else:  # of no version: whoever gives policies is not to take it for the one it gave
+            row, lost = replace(row, policy_version=""), "names"
     text = policy_codec.encode(policy, policy_codec.Clock.now())
-    lost = "nothing" if saved is not None else "metadata, names"
     log.error("recovered", attachment=name, target=target, slot=row.slot, rules=len(policy.cidrs), lost=lost)
     return replace(row, policy=text)
 
@@ -113,8 +133,8 @@ def _interface(index: int) -> tuple[str, str]:
     return interface.name, interface.kind
 
 
-def _decoded(saved: Row, otherwise: Policy) -> Policy:
+def _decoded(saved: Row) -> Policy | None:
     try:
         return policy_codec.decode(saved.policy or "", policy_codec.Clock.now())
     except PreconditionError:
-        return otherwise
+        return None

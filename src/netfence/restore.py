@@ -24,12 +24,13 @@ import structlog
 from netfence import policy_codec
 from netfence.control.port import UnsubscribeReason
 from netfence.dataplane.cgroups import CgroupTarget, resolve_cgroup
+from netfence.dataplane.renamed import carries
 from netfence.dataplane.target import Direction, InterfaceTarget, LinkLayer, resolve_interface
 from netfence.endpoints import Endpoint
 from netfence.errors import InvalidError, NetfenceError, NotFoundError, PreconditionError
 from netfence.lifecycle import Lifecycle, Live, Parts, Target, key_of
-from netfence.policy.policy import EMPTY
-from netfence.recover import recover, sift
+from netfence.policy.policy import EMPTY, Policy
+from netfence.recover import Recovery, sift
 from netfence.store import Row
 
 AGAIN_S = 1.0  # how often hooks that could not be put in place, and lost DNS ports, are tried again
@@ -60,25 +61,30 @@ async def restore(lifecycle: Lifecycle, background: Background) -> Counter[Outco
     parts = lifecycle.parts
     rows = await parts.store.load()
     pinned = parts.plane.pinned()
-    rows += await _known_again(parts, rows, pinned)
+    recovery = Recovery(parts.plane, parts.boot_id)
+    rows += await _known_again(parts, recovery, rows, pinned)
     leases = await parts.plane.leases()
     outcomes: Counter[Outcome] = Counter()
     for row in rows:
         say = log.bind(attachment=row.id, target=row.name)
         try:
-            outcome = await _restore_one(lifecycle, row, leases.get(row.slot, {}), background)
+            outcome = await _restore_one(lifecycle, recovery, row, leases.get(row.slot, {}), background)
         except Exception as error:  # noqa: BLE001 - one must not stop the others
             outcome = Outcome.LEFT_ALONE
             say.exception("not_taken_over", error=str(error), effect=ENFORCED if row.id in pinned else OPEN)
         else:
             say.info(outcome.value.replace(" ", "_"))
         outcomes[outcome] += 1
+    await parts.endpoints.tidy()
+    if cleared := await parts.plane.clear_unclaimed(leases):
+        effect = "of attachments that are known to nobody any more; the next ones there would have had their leases"
+        log.warning("slots_cleared", slots=cleared, effect=effect)
     if behind := await parts.plane.finish_upgrade():
         log.error("upgrade_not_finished", attachments=sorted(behind), effect="another build's programs judge these")
     return outcomes
 
 
-async def _known_again(parts: Parts, rows: Sequence[Row], pinned: set[str]) -> list[Row]:
+async def _known_again(parts: Parts, recovery: Recovery, rows: Sequence[Row], pinned: set[str]) -> list[Row]:
     """Store again what the store does not know any more: what is pinned, and what else a damaged database told of.
 
     Nothing is hooked before all of it is stored: until then the next start finds it where this one did.
@@ -87,7 +93,7 @@ async def _known_again(parts: Parts, rows: Sequence[Row], pinned: set[str]) -> l
     saved = {name: row for name, row in parts.store.saved.items() if name not in known}
     found: list[Row] = []
     if strangers := sorted(pinned - known):
-        found = await recover(parts.plane, strangers, saved, parts.boot_id)
+        found = await recovery.rows(strangers, saved)
     others = [row for name, row in saved.items() if name not in pinned]
     kept, taken_off = sift(others, [*rows, *found])
     for row in (*found, *kept):
@@ -100,7 +106,7 @@ async def _known_again(parts: Parts, rows: Sequence[Row], pinned: set[str]) -> l
 
 
 async def _restore_one(
-    lifecycle: Lifecycle, row: Row, leases: Mapping[bytes, float], background: Background
+    lifecycle: Lifecycle, recovery: Recovery, row: Row, leases: Mapping[bytes, float], background: Background
 ) -> Outcome:
     parts = lifecycle.parts
     # First of all, and whatever becomes of the rest: neither its endpoint nor its slot is given to anybody else.
@@ -108,17 +114,12 @@ async def _restore_one(
     parts.plane.claim_slot(row.slot)
     rebooted = row.boot_id != parts.boot_id
     target = await asyncio.to_thread(_find, row, rebooted)
+    if not rebooted and target is not None and await _replaced(parts, row, target):
+        target = None
     if target is None or row.policy is None:
         await _drop(lifecycle, row, target, rebooted=rebooted)
         return Outcome.DROPPED
-    try:
-        policy = await asyncio.to_thread(policy_codec.decode, row.policy, policy_codec.Clock.now())
-    except PreconditionError as error:
-        if row.id in parts.plane.pinned():  # the kernel has it
-            raise
-        policy, row = EMPTY, replace(row, acked=False)
-        effect = "nothing passes until the control plane gives it a policy"
-        log.error("policy_not_read", attachment=row.id, target=row.name, error=str(error), effect=effect)  # noqa: TRY400
+    row, policy = await _read(parts, recovery, row, row.policy)
     if isinstance(target, InterfaceTarget) and target.name != row.name:  # renamed meanwhile
         row = replace(row, name=target.name)
         await _noted(parts.store.move(row.id, row.name), row)
@@ -137,6 +138,28 @@ async def _restore_one(
         outcome = Outcome.HOOKED_ANEW if rebooted else Outcome.TAKEN_OVER
     await _bind(lifecycle, live, background)
     return outcome
+
+
+async def _read(parts: Parts, recovery: Recovery, row: Row, text: str) -> tuple[Row, Policy]:
+    """Return the row with its policy; what cannot be read is what the kernel has, without names, else block_all.
+
+    Such a one is nobody's policy: whoever gives policies is told so, and gives it anew.
+    """
+    clock = policy_codec.Clock.now()
+    try:
+        return row, await asyncio.to_thread(policy_codec.decode, text, clock)
+    except Exception as error:  # noqa: BLE001 - damage takes any form
+        damage = str(error)
+    say = log.bind(attachment=row.id, target=row.name)
+    policy = None
+    if row.id in parts.plane.pinned():
+        try:
+            policy = await recovery.policy(row.id)
+        except Exception as error:  # noqa: BLE001 - whatever it is: closed
+            say.exception("rules_not_read", error=str(error), effect="what nobody can read is closed")
+    effect = "nothing passes" if policy is None else "its rules are what the kernel has, names are refused"
+    say.error("policy_not_read", error=damage, effect=f"{effect}, until it is given a policy")
+    return replace(row, acked=False, policy_version=""), policy or EMPTY
 
 
 async def _claim(lifecycle: Lifecycle, row: Row) -> None:
@@ -215,6 +238,26 @@ def _find(row: Row, rebooted: bool) -> Target | None:
         return None
     same = interface.kind == row.link_kind and (rebooted or str(interface.ifindex) == row.identity)
     return interface if same else None
+
+
+async def _replaced(parts: Parts, row: Row, target: Target) -> bool:
+    """Tell whether an interface with the index of the old one, under another name, is another one.
+
+    It is the old one where it carries a hook of ours, and where that cannot be looked up.
+    """
+    if isinstance(target, CgroupTarget) or target.name == row.name:
+        return False
+    say = log.bind(attachment=row.id, target=row.name, now=target.name)
+    links_dir, mechanism = parts.config.bpffs_dir / "links", parts.plane.tc_mechanism
+    try:
+        same = await asyncio.to_thread(carries, links_dir, row.id, target.ifindex, mechanism)
+    except NetfenceError as error:
+        say.warning("hooks_not_read", error=str(error), effect="it counts as renamed and stays fenced")
+        return False
+    if not same:
+        effect = f"{target.name} is not fenced: it is another interface, or somebody took our hooks off and renamed it"
+        say.warning("target_replaced", effect=effect)
+    return not same
 
 
 async def _drop(lifecycle: Lifecycle, row: Row, target: Target | None, *, rebooted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -430,6 +431,14 @@ def test_each_attachment_can_have_an_address_of_its_own(
     for each, workload, group in zip(attached, workloads, groups, strict=True):
         place = fresh.agent(netns=topology.host, cgroup=group) if on_loopback else fresh.agent(netns=workload.netns)
         assert [str(record.rdata) for record in place.query(each.dns, "good.test").rr] == [OUTSIDE4]
+    if not on_loopback:  # what a death before or behind the row leaves
+        left = str(ipaddress.ip_address(attached[0].dns[0]) + 9)
+        topology.host.ip(f"addr add {left}/{ipaddress.ip_address(left).max_prefixlen} dev netfence0")
+        daemon.kill()
+        daemon.start()
+        assert f"{left}/" not in topology.host.run("ip", "addr", "show", "dev", "netfence0").stdout
+        again = fresh.agent(netns=workloads[0].netns).query(attached[0].dns, "good.test")
+        assert [str(record.rdata) for record in again.rr] == [OUTSIDE4]
     for each in attached:
         daemon.detach(each.id)
     assert topology.host.interfaces() == interfaces

@@ -91,6 +91,56 @@ def test_another_with_the_index_of_one_that_was_moved_meanwhile_is_not_taken_for
         daemon.detach(attached.id)
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "hook"),
+    [pytest.param("tcx", "tc", marks=needs("tcx")), pytest.param("tcx", "xdp", marks=needs("tcx")), ("clsact", "tc")],
+    ids=["tcx", "xdp", "clsact"],
+)
+def test_another_with_the_index_of_one_that_went_meanwhile_is_a_new_target(
+    topology: Topology, start: Start, mechanism: str, hook: Literal["tc", "xdp"]
+) -> None:
+    """Told from one that was renamed, which stays fenced, by our hooks: those go with the device."""
+    renamed, gone = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=mechanism == "tcx")
+    kept, lost = (daemon.attach(interface=one.host_if, hook=hook) for one in (renamed, gone))
+    index = topology.host.ip_json("link", "show", gone.host_if)[0]["ifindex"]
+    daemon.kill()
+    topology.host.ip(
+        f"link set {renamed.host_if} down", f"link set {renamed.host_if} name other7", "link set other7 up"
+    )
+    topology.host.ip(f"link del {gone.host_if}", f"link add name other8 index {index} type veth peer name peer8")
+    daemon.start()
+    assert [(info.id, info.target) for info in daemon.attachments()] == [(kept.id, "other7")]
+    assert not daemon.own_events("hook_put_back", kept.id)
+    assert [told["now"] for told in daemon.own_events("target_replaced", lost.id)] == ["other8"]
+    assert daemon.own_events("dropped", lost.id)
+    assert {pin.rpartition("-")[0] for pin in daemon.link_pins()} == {kept.id}
+    if mechanism == "tcx":
+        assert _programs(topology.host, index) == (False, False)
+    else:
+        assert "bpf" not in topology.host.run("tc", "filter", "show", "dev", "other8", "ingress", check=False).stdout
+    new = daemon.attach(interface="other8", direction="workload")
+    assert new.id != lost.id
+    daemon.detach(new.id)
+    daemon.detach(kept.id)
+
+
+@needs("tcx")
+def test_another_name_without_our_hooks_is_not_taken_for_ours_and_is_told(topology: Topology, start: Start) -> None:
+    """The price: somebody who may take hooks off can make an interface a stranger by renaming it too."""
+    workload, same = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached, stays = (daemon.attach(interface=one.host_if) for one in (workload, same))
+    daemon.kill()
+    for pin in (daemon.pins / "links").iterdir():
+        take_off(pin)
+    topology.host.ip(f"link set {workload.host_if} down", f"link set {workload.host_if} name other7")
+    daemon.start()
+    assert [info.id for info in daemon.attachments()] == [stays.id]  # name, index and kind are its
+    assert topology.arrived(same, UDP6, OUTSIDE6) == 0
+    assert daemon.own_events("target_replaced", attached.id)
+
+
 def _programs(netns: NetNs, ifindex: int) -> tuple[bool, bool]:
     """Tell whether a device has programs on tcx ingress, and on XDP."""
     with netns.inside(), Rtnl() as netlink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sqlite3
@@ -276,18 +277,103 @@ def test_an_attach_that_was_never_finished_is_taken_off(topology: Topology, star
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
 
 
-def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start: Start) -> None:
-    workload = topology.add_veth()
-    daemon = start(topology, policy={"default": {"mode": "block_all"}})
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_what_cannot_be_read_stays_fenced_and_is_told(topology: Topology, start: Start, *, tcx: bool) -> None:
+    """Its rules are what the kernel has, its names are refused until it gets a policy, and it can be taken off."""
+    workload, other = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if, metadata={"tenant": "acme"})
+    untouched = daemon.attach(interface=other.host_if)
+    assert query(workload, attached.dns, "good.test") == [LEARNED4]
+
+    def enforced(veth: Workload) -> tuple[int, int]:
+        return topology.arrived(veth, UDP4, OUTSIDE4), topology.arrived(veth, UDP6, OUTSIDE6)
+
+    before = {info.id: info for info in daemon.attachments()}
+    daemon._policy = None  # nobody gives one
+    daemon.write_config({})
+    for damage in ("{damaged", "{}"):
+        daemon.kill()
+        edit_state(daemon, "UPDATE attachments SET policy = ? WHERE id = ?", damage, attached.id)
+        assert enforced(workload) == (3, 0)
+        daemon.start()
+        assert enforced(workload) == enforced(other) == (3, 0)
+        assert {told["attachment"] for told in daemon.events("policy_not_read")} == {attached.id}
+        assert not daemon.events("not_taken_over")
+        after = {info.id: info for info in daemon.attachments()}
+        for field in ("target", "dns_address", "metadata", "attached_at", "attach_mechanism", "mode"):
+            assert getattr(after[attached.id], field) == getattr(before[attached.id], field), field
+        assert after[attached.id].policy_version == ""
+        assert after[untouched.id].policy_version == before[untouched.id].policy_version
+        with Agent(netns=workload.netns) as agent:
+            assert agent.query(attached.dns, "good.test").header.rcode == 5  # REFUSED
+        assert query(other, untouched.dns, "good.test") == [LEARNED4]
+    daemon.kill()
+    daemon._policy = POLICY  # the file that is as it was
+    daemon.write_config({})
+    daemon.start()
+    wait_for(daemon.policy_in_force, "the policy of the file")
+    assert "attached already" in _refused(daemon, interface=workload.host_if)
+    assert query(workload, attached.dns, "other.test") == ["203.0.113.81"]
+    assert enforced(workload) == (3, 0)
+    daemon.detach(attached.id)
+    assert enforced(workload) == (3, 3)
+    assert enforced(other) == (3, 0)
+
+
+def test_what_cannot_be_read_can_be_taken_off_and_goes_with_its_target(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup]
+) -> None:
+    workload, gone, group = topology.add_veth(), topology.add_veth(), cgroups("box")
+    daemon = start(topology, policy=POLICY)
+    attached = [
+        daemon.attach(interface=workload.host_if),
+        daemon.attach(interface=gone.host_if),
+        daemon.attach(cgroup=group),
+    ]
+    daemon._policy = None
+    daemon.write_config({})
+    daemon.kill()
+    edit_state(daemon, "UPDATE attachments SET policy = '{damaged'")
+    daemon.start()
+    assert {info.id for info in daemon.attachments()} == {each.id for each in attached}
+    topology.host.ip(f"link del {gone.host_if}")
+    wait_for(lambda: len(daemon.attachments()) == 2, "the one whose target went to be gone")
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.detach(attached[0].id)
+    daemon.detach(attached[2].id)
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
+    assert daemon.link_pins() == []
+
+
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_a_command_that_was_in_force_and_not_stored_is_undone_and_told(
+    topology: Topology, start: Start, *, tcx: bool
+) -> None:
+    """Killed in between, which the lock of another process on the database makes last."""
+    workload, other = topology.add_veth(), topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
     attached = daemon.attach(interface=workload.host_if)
-    daemon.kill()
-    edit_state(daemon, "UPDATE attachments SET policy = ?", "{damaged")
+    before = daemon.info(attached.id)
+    with closing(sqlite3.connect(daemon.directory / "data" / DATABASE, isolation_level=None)) as state:
+        state.execute("BEGIN IMMEDIATE")
+        daemon.write_policy(f"default: {{mode: denylist, deny_cidrs: [{OUTSIDE4}]}}")
+        wait_for(lambda: topology.arrived(workload, UDP6, OUTSIDE6) == 3, "the new policy to be in force")
+        daemon.kill()
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.write_policy(json.dumps(POLICY))  # whoever gave the command does not give it again
     daemon.start()
-    assert daemon.own_events("not_taken_over", attached.id)
-    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    assert [told["level"] for told in daemon.own_events("command_undone", attached.id)] == ["warning"]
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    after = daemon.info(attached.id)
+    assert (after.policy_hash, after.policy_version) == (before.policy_hash, before.policy_version)
+    daemon.attach(interface=other.host_if)
+    daemon.set_policy({"default": {"mode": "denylist"}})
     daemon.kill()
-    edit_state(daemon, "UPDATE attachments SET policy = NULL")
     daemon.start()
+    assert len(daemon.events("command_undone")) == 1
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 3
 
 
 @pytest.mark.parametrize("over", ["before", "meanwhile"])

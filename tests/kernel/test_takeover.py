@@ -108,6 +108,49 @@ def test_a_slot_starts_afresh(topology: Topology, directory: Path) -> None:
         runner.run(plane.close(detach=False))
 
 
+@pytest.mark.parametrize("tcx", [None, False], ids=["tcx", "clsact"])
+def test_what_a_detach_cut_short_left_in_a_slot_is_nobody_elses(
+    topology: Topology, directory: Path, tcx: bool | None
+) -> None:
+    """Killed behind the pins, before anything was cleared, and the database lost: nobody knows of the slot any more."""
+    workload = topology.add_veth()
+
+    def cut_short(slot: int) -> None:
+        raise ConnectionAbortedError(slot)
+
+    with topology.host.inside(), asyncio.Runner() as runner:
+        target = resolve_interface(workload.host_if)
+        first = runner.run(_open_with(directory, tcx))
+        kept, slot = first.allocate_slot(), first.allocate_slot()
+        first.config.write(kept, STATIC, "kept")
+        first._leases.open(kept, [bytes([203, 0, 113, 80])], time.monotonic() + 3600)
+        runner.run(first.attach(slot, target, STATIC, Direction.WORKLOAD, "one"))
+        runner.run(first.apply(slot, POLICY, None))
+        first.open_leases(slot, [bytes([203, 0, 113, 80])], time.monotonic() + 3600)
+        _holds(topology, workload)
+        first._clear = cut_short  # type: ignore[method-assign]
+        with pytest.raises(ConnectionAbortedError):
+            runner.run(first.detach(slot, target, "one"))
+        runner.run(first.close(detach=False))
+
+        second = runner.run(_open_with(directory, tcx))
+        second.claim_slot(kept)
+        assert runner.run(second.clear_unclaimed([])) == [slot]
+        assert runner.run(second.clear_unclaimed([])) == []
+        assert second.config.read(kept) is not None
+        assert second._leases.expiry(kept, bytes([203, 0, 113, 80])) is not None
+        assert second.allocate_slot() == slot
+        assert sum(second.counters(slot).packets) == 0
+        runner.run(second.attach(slot, target, STATIC, Direction.WORKLOAD, "two"))
+        runner.run(second.apply(slot, EMPTY_ALLOWLIST, None))
+        second.open_leases(slot, [bytes([203, 0, 113, 99])], time.monotonic() + 3600)  # so that leases are looked at
+        assert topology.arrived(workload, UDP4, OTHER) == 0
+        runner.run(second.detach(slot, target, "two"))
+        second._leases.clear(kept)
+        second.config.clear(kept)
+        runner.run(second.close(detach=False))
+
+
 async def _settled(plane: DataPlane) -> None:
     """Wait until what is done in the background is done."""
     while plane._tasks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -40,6 +41,7 @@ from netfence.dataplane.events import (
 )
 from netfence.dataplane.hooks import clsact
 from netfence.dataplane.hooks.chain import Side
+from netfence.dataplane.rtnl import Rtnl
 from netfence.dataplane.target import own_addresses
 from netfence.dataplane.watch import LinkWatcher
 
@@ -289,6 +291,47 @@ def test_overflow_tells_resync_and_what_was_missed(monkeypatch: pytest.MonkeyPat
             await seen.wait(LinkGone(h0), LinkGone(w0))
             await seen.fence()  # it goes on
             assert len(seen.of(Resync)) == 2
+
+    on_loop(body)
+
+
+def test_what_was_missed_is_told_also_when_it_could_not_be_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptors are left in the very moment in which events were lost; then an overflow comes again."""
+    monkeypatch.setattr(watch, "_BUFFER_BYTES", 4096)
+    monkeypatch.setattr(watch, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(watch, "_CHECKS_PER_TURN", 1)
+    asked = refused = spared = 0
+
+    class NoDescriptors(Rtnl):
+        def __init__(self) -> None:
+            nonlocal asked, refused
+            asked += 1
+            if asked > spared and refused < 3:
+                refused += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            super().__init__()
+
+    async def body() -> None:
+        nonlocal asked, refused, spared
+        async with watcher() as (links, seen):
+            h0, w0 = index(), index("w0")
+            run("ip link add g0 type bridge")
+            run("ip link add g1 type bridge")
+            g1 = index("g1")
+            for number, name in ((w0, "w0"), (g1, "g1"), (h0, "h0")):
+                links.watch(number, name)
+            monkeypatch.setattr(watch, "Rtnl", NoDescriptors)
+            for spared, name, gone in ((1, "h0", {h0, w0}), (0, "g1", {g1})):
+                asked = refused = 0
+                for number in range(20):  # the loop does not run meanwhile
+                    run(f"ip link set g0 mtu {1400 + number}")
+                for number in range(20):  # smaller: what room is left after those is not enough for what comes now
+                    run(f"ip addr add 192.0.2.{20 * spared + number}/32 dev g0")
+                run(f"ip link del {name}")
+                await seen.wait(*map(LinkGone, gone))
+                assert refused == 3
+            assert len(seen.of(LinkGone)) == 3
+            await seen.fence()
 
     on_loop(body)
 

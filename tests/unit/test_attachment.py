@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from netfence.policy.commands import (
     BulkUpdate,
     CidrSpec,
     Command,
+    DenyCidr,
     DenyDomain,
     DnsSpec,
     DomainSpec,
@@ -55,6 +57,7 @@ class FakeKernel:
         self.fail: dict[str, Exception] = {}
         self.switching: asyncio.Event | None = None
         self.swept: set[bytes] = set()
+        self.unsure = False  # what is in force is not stored
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -69,6 +72,14 @@ class FakeKernel:
         await asyncio.sleep(0)
         self._called("apply")
         self.policy, self.start = policy, start
+
+    def note_unstored(self, slot: int, unstored: bool) -> None:
+        assert slot == ROW.slot
+        self.unsure = unstored
+
+    def unstored(self, slot: int) -> bool:
+        assert slot == ROW.slot
+        return self.unsure
 
     def open_leases(self, slot: int, addresses: Sequence[bytes], expiry: float) -> None:
         assert slot == ROW.slot
@@ -131,6 +142,7 @@ class Bench:
     def check(self) -> None:
         """Check that we, the kernel and the store mean the same, as must be whenever nothing is under way."""
         assert self.kernel.policy == self.one.policy == self.store.policy
+        assert not self.kernel.unsure
         assert set(self.kernel.leases) == set(self.one._leases.addresses())
 
 
@@ -493,6 +505,61 @@ def test_leases_of_a_former_life_end_with_the_first_command_that_denies(command:
         assert one.active
         await one.apply(command)
         assert set(bench.kernel.leases) == left
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [AllowCidr("192.0.2.0/24"), DenyCidr("192.0.2.0/24"), DenyDomain("a.test"), SetMode(Mode.DISABLED)],
+    ids=lambda command: type(command).__name__,
+)
+def test_what_a_death_cut_off_between_kernel_and_store_is_undone_and_told(command: Command) -> None:
+    """Also what changes nothing that could be read back from the kernel: names."""
+
+    async def work(bench: Bench) -> None:
+        await bench.one.apply(NAMES)
+        before = bench.one.policy
+        never = asyncio.Event()
+
+        async def save(*_: object) -> None:
+            never.set()
+            await asyncio.Event().wait()
+
+        saving, bench.store.save = bench.store.save, save  # type: ignore[method-assign,assignment]
+        dying = asyncio.ensure_future(bench.one.apply(command))
+        await never.wait()
+        assert bench.kernel.policy == bench.one.policy != before
+        bench.store.save = saving  # type: ignore[method-assign]
+        stored = bench.store.policy
+        assert stored == before
+        after = bench.made(stored)
+        with capture_logs() as logs:
+            await after.take_over(nothing)
+            await after.take_over(nothing)
+        assert [one["log_level"] for one in logs if one["event"] == "command_undone"] == ["warning"]
+        assert bench.kernel.policy == before
+        await after.apply(command)
+        with capture_logs() as logs:
+            await bench.made(after.commanded).take_over(nothing)
+        assert "command_undone" not in [one["event"] for one in logs]
+        dying.cancel()
+
+    on_bench(work)
+
+
+@pytest.mark.parametrize("refuses", ["kernel", "store", "nobody"])
+def test_what_was_refused_or_stored_is_not_told_to_be_undone(refuses: str) -> None:
+    async def work(bench: Bench) -> None:
+        await bench.one.apply(NAMES)
+        if refuses == "kernel":
+            bench.kernel.fail = {"apply": NetfenceError("no")}
+        bench.store.fail = refuses == "store"
+        with contextlib.suppress(NetfenceError):
+            await bench.one.apply(SetMode(Mode.DISABLED))
+        assert bench.kernel.policy is not None
+        assert bench.kernel.policy.mode is (Mode.DISABLED if refuses == "nobody" else Mode.ALLOWLIST)
+        assert not bench.kernel.unsure
 
     on_bench(work)
 

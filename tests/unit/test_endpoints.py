@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import os
 import socket
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Self
 
 import pytest
+from structlog.testing import capture_logs
 
 from netfence.dataplane import rtnl
 from netfence.endpoints import AddressEndpoints, Dummy, Endpoint, Endpoints, PortEndpoints, make
@@ -140,6 +144,93 @@ def test_an_endpoint_tells_its_forms() -> None:
     assert str(Endpoint("::1", 53)) == "[::1]:53"
     assert (Endpoint("::1", 53).loopback, Endpoint("192.0.2.1", 53).loopback) == (True, False)
     assert Endpoint("192.0.2.1", 53).packed == b"\xc0\x00\x02\x01"
+
+
+@dataclass
+class Links:
+    """A host whose only interface is `netfence0`, as rtnetlink tells of it."""
+
+    kind: str | None = "dummy"  # None: there is none
+    addresses: dict[str, int] = field(default_factory=dict)  # address → prefix length
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+
+    def get_link(self, *_: object) -> SimpleNamespace:
+        if self.kind is None:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return SimpleNamespace(ifindex=5, kind=self.kind)
+
+    def get_addresses(self, *_: object, **__: object) -> list[SimpleNamespace]:
+        return [SimpleNamespace(address=ipaddress.ip_address(one).packed) for one in self.addresses]
+
+    def request(self, kind: int, payload: bytes, *_: object) -> None:
+        if kind == rtnl.RTM_DELLINK:
+            self.kind = None
+            return
+        assert kind == rtnl.RTM_DELADDR
+        _, length, _, _, _ = struct.unpack_from("=BBBBI", payload)
+        address = str(ipaddress.ip_address(rtnl.attributes(payload[8:])[2]))
+        if self.addresses.get(address) != length:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        del self.addresses[address]
+
+    def put(self, monkeypatch: pytest.MonkeyPatch) -> Self:
+        monkeypatch.setattr(rtnl, "Rtnl", lambda: self)
+        monkeypatch.setattr(rtnl, "get_link", self.get_link)
+        monkeypatch.setattr(rtnl, "get_addresses", self.get_addresses)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("network", "ours", "left", "others"),
+    [
+        ("169.254.100.0/24", "169.254.100.1", "169.254.100.7", {"169.254.100.9": 24, "10.0.0.1": 32}),
+        ("fd00:53::/64", "fd00:53::1", "fd00:53::7", {"fd00:53::9": 64, "fd00:54::1": 128, "fe80::1": 64}),
+    ],
+    ids=["ipv4", "ipv6"],
+)
+def test_what_nobody_claimed_is_taken_off_our_interface_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, network: str, ours: str, left: str, others: dict[str, int]
+) -> None:
+    bits = ipaddress.ip_address(ours).max_prefixlen
+    links = Links(addresses={ours: bits, left: bits, **others}).put(monkeypatch)
+    endpoints = make(network, 1, 2)
+    assert isinstance(endpoints, AddressEndpoints)
+    endpoints._taken.add(ours)
+    asyncio.run(endpoints.tidy())
+    assert links.addresses == {ours: bits, **others}
+    links.kind = "bridge"  # somebody else's, of our name
+    endpoints._taken.clear()
+    asyncio.run(endpoints.tidy())
+    assert links.addresses == {ours: bits, **others}
+
+
+@pytest.mark.parametrize("addresses", [{}, {"169.254.100.7": 32}, {"169.254.100.7": 32, "169.254.100.8": 32}], ids=len)
+def test_our_interface_goes_with_the_last_of_what_nobody_claimed(
+    monkeypatch: pytest.MonkeyPatch, addresses: dict[str, int]
+) -> None:
+    links = Links(addresses=dict(addresses)).put(monkeypatch)
+    with capture_logs() as logs:
+        asyncio.run(make("169.254.100.0/24", 1, 2).tidy())
+        assert links.kind is None
+        asyncio.run(make("169.254.100.0/24", 1, 2).tidy())  # there is none
+    assert [one["addresses"] for one in logs] == ([[*addresses]] if addresses else [])
+
+
+def test_what_cannot_be_tidied_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(rtnl, "Rtnl", refuse)
+    with capture_logs() as logs:
+        asyncio.run(make("169.254.100.0/24", 1, 2).tidy())
+    assert [one["event"] for one in logs] == ["dns_address_not_removed"]
+    asyncio.run(make("127.53.0.0/24", 1, 2).tidy())
+    asyncio.run(make("127.0.0.1", 1, 2).tidy())
 
 
 def test_nobody_adds_an_address_while_the_interface_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,10 @@ class FakePlane:
         self.calls: list[str] = []
         self.fail: dict[str, Exception] = {}
         self.forgotten: list[tuple[int, int]] = []
+        self.unsure: set[int] = set()  # slots whose policy is not stored
         self.xdp: set[str] = set()  # attachments that have XDP too
+        self.unclaimed: set[int] = set()  # slots that were nobody's once all was restored
+        self.known: dict[str, Policy] = {}  # what the kernel remembers of attachments
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -96,6 +100,11 @@ class FakePlane:
         del target, direction, name
         self._called("front")
         return ["somebody"]
+
+    async def clear_unclaimed(self, others: Iterable[int]) -> list[int]:
+        self._called("clear_unclaimed")
+        self.unclaimed = self.free & set(others)
+        return sorted(self.unclaimed)
 
     async def finish_upgrade(self) -> set[str]:
         return set()
@@ -135,8 +144,18 @@ class FakePlane:
         self._called("apply")
         self.policies[slot] = policy
 
+    def note_unstored(self, slot: int, unstored: bool) -> None:
+        (self.unsure.add if unstored else self.unsure.discard)(slot)
+
+    def unstored(self, slot: int) -> bool:
+        return slot in self.unsure
+
     def pinned(self) -> set[str]:
         return set(self.hooked)
+
+    async def remembered(self) -> dict[str, Any]:
+        self._called("remembered")
+        return {name: SimpleNamespace(policy=policy) for name, policy in self.known.items()}
 
     async def leases(self) -> dict[int, dict[bytes, float]]:
         return {slot: {ADDRESS: 1e12} for slot in range(1, 10)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -18,12 +19,13 @@ from tests.unit.test_store import damage_daemon_table
 
 from netfence import restore as module
 from netfence.control.port import UnsubscribeReason
-from netfence.errors import NetfenceError, PreconditionError
+from netfence.errors import ExistsError, NetfenceError, PreconditionError
 from netfence.hosting import Host
 from netfence.lifecycle import key_of
+from netfence.policy.cidr import CidrTable, Entry, parse_cidr
 from netfence.policy.commands import DenyDomain, SetMode
-from netfence.policy.modes import Mode
-from netfence.policy.policy import EMPTY
+from netfence.policy.modes import DnsMode, Mode
+from netfence.policy.policy import EMPTY, DnsPolicy, Policy
 from netfence.restore import Outcome, restore
 from netfence.store import DATABASE, Row, Store
 
@@ -117,6 +119,30 @@ def test_what_was_attached_is_taken_over_with_its_leases(tmp_path: Path) -> None
     after_restart(tmp_path, work)
 
 
+def test_what_is_left_of_endpoints_is_tidied_when_all_have_theirs(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        taken: list[set[int]] = []
+
+        async def tidy() -> None:
+            taken.append(set(bench.endpoints._taken))
+
+        bench.endpoints.tidy = tidy  # type: ignore[method-assign]
+        await restored(bench)
+        assert taken == [{PORTS[0], PORTS[0] + 1}]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), policy="{damaged")
+
+
+def test_slots_are_cleared_that_nobody_has_claimed_and_no_others(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        with capture_logs() as logs:
+            await restored(bench)
+        assert bench.plane.unclaimed == set(range(2, 10))  # the one that was dropped has its slot cleared already
+        assert [one["slots"] for one in logs if one["event"] == "slots_cleared"] == [list(range(2, 10))]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), identity=str(GONE))
+
+
 def test_a_target_that_is_gone_is_not_looked_for_by_its_old_index(tmp_path: Path) -> None:
     async def work(bench: Bench) -> None:
         claimed: list[str] = []
@@ -139,6 +165,43 @@ def test_a_target_that_is_gone_is_not_looked_for_by_its_old_index(tmp_path: Path
         assert gone == [f"claim {PORTS[0] + 1}", f"release {PORTS[0] + 1}"]
 
     after_restart(tmp_path, work, rows=("veth7", "veth8"), identity=str(GONE))
+
+
+@pytest.mark.parametrize("hooks", [True, False, NetfenceError("no memory")], ids=["carried", "not-there", "not-read"])
+def test_another_name_at_the_same_index_is_a_rename_only_with_our_hooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hooks: bool | Exception
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def carries(*what: Any) -> bool:
+        asked.append(what)
+        if isinstance(hooks, Exception):
+            raise hooks
+        return hooks
+
+    async def work(bench: Bench) -> None:
+        monkeypatch.setattr(module, "carries", carries)
+        monkeypatch.setattr(
+            module, "_find", lambda row, _: interface({"veth8": "other"}.get(row.name, row.name), int(row.identity))
+        )
+        _, row = await bench.store.load()
+        with capture_logs() as logs:
+            outcomes = await restored(bench)
+        assert asked == [(bench.lifecycle.parts.config.bpffs_dir / "links", row.id, 8, "tcx")]
+        told = [one["event"] for one in logs if one["log_level"] == "warning" and one.get("attachment") == row.id]
+        if hooks:
+            assert outcomes == Counter({Outcome.TAKEN_OVER: 2})
+            assert {live.row.name for live in bench.lifecycle.all()} == {"veth7", "other"}
+            assert told == ([] if hooks is True else ["hooks_not_read"])
+            return
+        assert outcomes == Counter({Outcome.TAKEN_OVER: 1, Outcome.DROPPED: 1})
+        assert told == ["target_replaced"]
+        assert bench.control.unsubscribed == [UnsubscribeReason.REMOVED]
+        assert "detach 8" not in bench.plane.calls  # the other one is not touched
+        assert bench.plane.forgotten == [(2, 8)]
+        assert [one.id for one in await bench.store.load()] == [bench.only().row.id]
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"))
 
 
 def test_after_a_reboot_an_attach_that_never_ended_touches_no_interface(tmp_path: Path) -> None:
@@ -303,6 +366,7 @@ def test_after_a_reboot_a_policy_that_cannot_be_read_is_block_all(tmp_path: Path
         live = bench.only()
         assert bench.plane.policies == {live.row.slot: EMPTY}
         assert not live.attachment.view().acked
+        assert live.attachment.view().policy_version == ""  # or a policy file that is as it was would not be applied
 
     after_restart(tmp_path, work, policy="{damaged", boot_id="the boot before")
 
@@ -318,13 +382,62 @@ def test_trying_again_ends_with_the_attachment(tmp_path: Path) -> None:
     after_restart(tmp_path, work)
 
 
-def test_the_port_of_what_cannot_be_read_is_not_given_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", ["{damaged", "[" * 100_000, '{"v": 0}', "[]"], ids=["cut", "deep", "version", "other"]
+)
+def test_a_policy_that_cannot_be_read_comes_from_the_kernel_without_names(tmp_path: Path, damage: str) -> None:
+    """It is listed, watched, detachable and nobody's policy: so it is given one anew, whatever version it had."""
+
     async def work(bench: Bench) -> None:
-        assert await restored(bench) == Counter({Outcome.LEFT_ALONE: 1})
-        live = await bench.attach("veth8")
-        assert (live.row.slot, live.row.dns_port) == (2, PORTS[0] + 1)
+        last = (await bench.store.load())[-1]
+        assert last.policy_version == "v1"
+        rules = CidrTable.of([(parse_cidr("192.0.2.0/24"), Entry(math.inf, 0.0))])
+        names = DnsPolicy(mode=DnsMode.ALLOWLIST)
+        bench.plane.known = {last.id: Policy(mode=Mode.DENYLIST, cidrs=rules, dns=names)}
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 2})
+        (told,) = [one for one in logs if one["event"] == "policy_not_read"]
+        assert (told["attachment"], told["log_level"]) == (last.id, "error")
+        assert told["effect"].startswith("its rules are what the kernel has, names are refused")
+        first, second = bench.lifecycle.all()
+        assert bench.plane.policies[second.row.slot] == bench.plane.known[last.id]
+        assert (second.attachment.view().acked, second.attachment.view().policy_version) == (False, "")
+        assert (first.attachment.view().acked, first.attachment.view().policy_version) == (True, "v1")
+        assert bench.plane.policies[first.row.slot].mode is Mode.BLOCK_ALL
+        assert bench.watch.targets == {key_of(live.target) for live in (first, second)}
+        with pytest.raises(ExistsError, match="attached already"):
+            await bench.attach("veth8")
+        third = await bench.attach("veth9")  # which gets neither its slot nor its port
+        assert (third.row.slot, third.row.dns_port) == (3, PORTS[0] + 2)
+        await bench.lifecycle.detach(second.row.id)
+        assert set(bench.plane.hooked) == {first.row.id, third.row.id}
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8"), policy=damage)
+
+
+@pytest.mark.parametrize("why", ["unknown", "unreadable"])
+def test_a_policy_that_neither_store_nor_kernel_can_tell_is_block_all(tmp_path: Path, why: str) -> None:
+    async def work(bench: Bench) -> None:
+        if why == "unreadable":
+            bench.plane.fail = {"remembered": OSError(24, "Too many open files")}
+        with capture_logs() as logs:
+            assert await restored(bench) == Counter({Outcome.TAKEN_OVER: 1})
+        assert len([one for one in logs if one["event"] == "rules_not_read"]) == (why == "unreadable")
+        assert bench.plane.policies == {bench.only().row.slot: EMPTY}
+        assert not bench.only().attachment.view().acked
 
     after_restart(tmp_path, work, policy="{damaged")
+
+
+def test_the_kernel_is_asked_once_for_all_policies_that_cannot_be_read(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        for row in await bench.store.load():
+            await bench.store.remove(row.id)
+            await bench.store.reserve(replace(row, policy="{damaged"))
+        await restored(bench)
+        assert bench.plane.calls.count("remembered") == 1
+
+    after_restart(tmp_path, work, rows=("veth7", "veth8", "veth9"))
 
 
 def test_a_lost_port_is_bound_again_but_not_for_what_was_detached(tmp_path: Path) -> None:

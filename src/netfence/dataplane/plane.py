@@ -8,6 +8,7 @@ Methods are for the event loop; what blocks runs in a few worker threads of its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import functools
 import os
@@ -166,6 +167,30 @@ class DataPlane:
         else:
             self._free.add(slot)
 
+    async def clear_unclaimed(self, others: Iterable[int]) -> list[int]:
+        """Clear what a detach that was cut short left in slots that nobody has claimed; return those that were cleared.
+
+        `config` goes last in a detach, so who has none has nothing; `others` are looked at all the same. Call it when
+        every attachment of the last daemon has its slot: the next ones would inherit its leases and connections.
+        """
+        asked = set(others)
+        left = [slot for slot in sorted(self._free) if slot in asked or self.config.read(slot) is not None]
+        cleared = []
+        for slot in left:
+            index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
+            self._write_word(slot, SlotWord(mode=self._start_mode))
+            try:
+                await self._run(functools.partial(self._clear, slot))
+            except OSError as error:
+                self._free.discard(slot)
+                effect = "it stays taken until the daemon starts again"
+                log.error("slot_not_cleared", slot=slot, error=str(error), effect=effect)  # noqa: TRY400
+                continue
+            cleared.append(slot)
+            if index:
+                self._give_back(index)
+        return cleared
+
     @property
     def tc_mechanism(self) -> str:
         """Return how TC filters hang on interfaces here: ``tcx`` or ``clsact``."""
@@ -305,6 +330,17 @@ class DataPlane:
         self._write_word(slot, state)  # the switch
         if before not in (0, index):
             self._give_back(before)
+
+    def note_unstored(self, slot: int, unstored: bool) -> None:
+        """Note, for the next daemon, that the slot is switched to what is not stored yet, or that it is stored."""
+        state = self._slots[slot]
+        if state.unstored is not unstored:
+            state.unstored = unstored
+            self._write_word(slot, state)
+
+    def unstored(self, slot: int) -> bool:
+        """Tell what was noted last, by a daemon before us too."""
+        return self._slots[slot].unstored
 
     def _small_change(
         self, state: SlotWord, policy: Policy, old: Policy | None, now: float
@@ -496,10 +532,9 @@ class DataPlane:
     async def _release(self) -> None:
         while self._to_release:
             batch = list(self._to_release)
-            try:
+            with contextlib.suppress(Exception):  # the tables have them all the same; `refill` tries again, and tells
                 await self._run(functools.partial(self._rules.release, batch))
-            finally:
-                del self._to_release[: len(batch)]  # on failure lost until the next start, never reused while in doubt
+            del self._to_release[: len(batch)]
         await self._run(self._rules.refill)
 
     async def _run(self, work: Callable[[], T]) -> T:

@@ -6,10 +6,15 @@ writes the index that `place` returns into a slot's word, and gives the old inde
 An update of a map of maps waits for RCU, 12–16 ms. So that no attach and no switch waits for it, a few indices stand
 ready with empty tries in them; `release` refills in the background of whoever calls it (a worker thread). All methods
 may run in worker threads.
+
+An index is in force, being filled, or in one of three places, whatever fails (ENOMEM, EMFILE): `_ready`, with empty
+tries; `_used`, given back, and packets that read its slot's word before that may be looking things up in it yet;
+`_free`, which no packet uses, whatever is in it. Only from `_ready` is one handed out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
@@ -45,6 +50,7 @@ class RuleTables:
         self._clock = clock
         self._rule = layout.packer("rule", "allow", "deny", "length")
         self._free = set(range(1, layout.constants["POLICIES"]))
+        self._used: list[int] = []
         self._ready: list[int] = []
         self._lock = threading.Lock()
         self._kept: dict[tuple[int, int], tuple[int, Map]] = {}  # (size, index) → id and trie, last used last
@@ -57,7 +63,8 @@ class RuleTables:
     def place(self, table: CidrTable, now: float) -> int:
         """Put a table into tries of its own and return its policy index; in force only once a slot names it.
 
-        Raises ExhaustedError (no index left) and OSError (ENOMEM, ENOSPC), and then nothing is left behind.
+        Raises ExhaustedError (no index left) and OSError (ENOMEM, ENOSPC), and then nothing is left behind, or what is
+        left goes with the next `release` or `refill`.
         """
         index = self._take()
         try:
@@ -65,7 +72,8 @@ class RuleTables:
                 if table.size_of(size):
                     self._fill(self._inner(size, index), table.compiled(size, now))
         except BaseException:
-            self.release([index])
+            with contextlib.suppress(OSError):  # why `place` failed is told; this is tried again
+                self.release([index])
             raise
         return index
 
@@ -96,23 +104,39 @@ class RuleTables:
         return CidrTable.of(entries)
 
     def release(self, indices: list[int]) -> None:
-        """Give back indices that no slot names any more: waits until no packet uses them, then empties them."""
+        """Give back indices that no slot names any more: waits until no packet uses them, then empties them.
+
+        Raises OSError (ENOMEM, EMFILE); they are given back all the same, and the next `release` or `refill` empties
+        them.
+        """
         if not indices:
             return
-        self._install([FENCE_INDEX])  # waits for RCU
-        self._install(indices)
         with self._lock:
-            self._ready += indices
+            used, self._used = [*self._used, *indices], []
+        self._make_ready(used, [])
 
     def refill(self) -> None:
-        """Make indices ready when few are."""
+        """Make indices ready when few are. Raises OSError, and has then lost none."""
         with self._lock:
-            wanted = READY - len(self._ready)
-            taken = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
-        if taken:
-            self._install(taken)
+            wanted = max(READY - len(self._ready), 0)
+            used, self._used = self._used[:wanted], self._used[wanted:]
+            free = [self._free.pop() for _ in range(min(wanted - len(used), len(self._free)))]
+        self._make_ready(used, free)
+
+    def _make_ready(self, used: list[int], free: list[int]) -> None:
+        """Put empty tries under these indices, or have them again where they were taken from."""
+        try:
+            if used:
+                self._install([FENCE_INDEX])  # waits for RCU
+            if used or free:
+                self._install(used + free)
+        except BaseException:
             with self._lock:
-                self._ready += taken
+                self._used += used
+                self._free.update(free)
+            raise
+        with self._lock:
+            self._ready += used + free
 
     def _take(self) -> int:
         with self._lock:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from netfence.dataplane.layout import Layout
 from netfence.policy.modes import Mode
 
+UNSTORED = 1 << 63
+"""The one bit that is ours alone, at which no program looks: at the other end of the word than those of layout.h."""
+
 
 @dataclass(slots=True)
 class SlotWord:
@@ -19,11 +22,12 @@ class SlotWord:
     rules4: bool = False
     rules6: bool = False
     leases: bool = False
+    unstored: bool = False  # the policy is switched and not stored yet
 
     def encode(self, layout: Layout) -> int:
         """Return the word."""
         bit = layout.constants
-        word = self.index | self.mode << bit["ACTIVE_MODE_SHIFT"]
+        word = self.index | self.mode << bit["ACTIVE_MODE_SHIFT"] | UNSTORED * self.unstored
         word |= bit["ACTIVE_RULES4"] * self.rules4 | bit["ACTIVE_RULES6"] * self.rules6
         return word | (
             bit["ACTIVE_LEASES"] * self.leases | bit["ACTIVE_AUDIT"] * self.audit | bit["ACTIVE_START"] * self.start
@@ -42,4 +46,5 @@ class SlotWord:
             rules4=bool(word & bit["ACTIVE_RULES4"]),
             rules6=bool(word & bit["ACTIVE_RULES6"]),
             leases=bool(word & bit["ACTIVE_LEASES"]),
+            unstored=bool(word & UNSTORED),
         )

@@ -17,6 +17,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from netfence.dataplane import rtnl
 from netfence.dataplane.events import (
     AddressesChanged,
@@ -31,6 +33,7 @@ from netfence.dataplane.events import (
 from netfence.dataplane.failure import explain
 from netfence.dataplane.hooks import clsact
 from netfence.dataplane.rtnl import Message, Rtnl
+from netfence.errors import NetfenceError
 
 _GROUPS = 0x1 | 0x8 | 0x10 | 0x100  # RTMGRP_LINK, RTMGRP_TC, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _SO_RCVBUFFORCE, _SO_MEMINFO = 33, 55
@@ -40,7 +43,10 @@ _BUFFER_BYTES = 4 << 20  # some 2000 link messages: a thousand interfaces made a
 _RECEIVE_BYTES = 1 << 16
 _DATAGRAMS_PER_TURN = 64  # then the loop serves others; about 1 ms
 _CHECKS_PER_TURN = 100  # interfaces looked at again after an overflow; about 3 ms
+_AGAIN_S = 1.0  # before an interface is looked at again that could not be: no descriptors, no memory
 _TCMSG = struct.Struct("=BxxxiIII")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,6 +65,8 @@ class LinkWatcher:
         self._known: set[int] = set()
         self._watched: dict[int, _Watched] = {}
         self._drops = 0
+        self._unchecked: list[int] = []  # events of these may have been lost, and they were not looked at yet
+        self._next_check: asyncio.Handle | None = None
 
     def open(self) -> None:
         """Start listening, in this thread's namespace, on the running loop. Raises NetfenceError."""
@@ -74,6 +82,9 @@ class LinkWatcher:
 
     def close(self) -> None:
         """Stop listening; idempotent."""
+        if self._next_check is not None:
+            self._next_check.cancel()
+            self._next_check = None
         if self._socket is not None:
             if self._loop is not None:
                 self._loop.remove_reader(self._socket)
@@ -180,14 +191,29 @@ class LinkWatcher:
             return
         self._drops = drops
         self._emit(Resync())
-        self._check_some(list(self._watched))
+        self._unchecked = list(self._watched)
+        if self._next_check is not None:
+            self._next_check.cancel()
+        self._check_some()
 
-    def _check_some(self, waiting: list[int]) -> None:
-        for ifindex in waiting[:_CHECKS_PER_TURN]:
-            if ifindex in self._watched:
-                self._check(ifindex, later=False)
-        if len(waiting) > _CHECKS_PER_TURN and self._loop is not None and self._socket is not None:
-            self._loop.call_soon(self._check_some, waiting[_CHECKS_PER_TURN:])
+    def _check_some(self) -> None:
+        """Look at some of the `_unchecked`, at the rest in a later turn; after a pause where one could not be."""
+        pause_s, done = 0.0, 0
+        for ifindex in self._unchecked[:_CHECKS_PER_TURN]:
+            try:
+                if ifindex in self._watched:
+                    self._check(ifindex, later=False)
+            except NetfenceError as error:
+                pause_s = _AGAIN_S
+                log.warning(
+                    "targets_not_looked_at", left=len(self._unchecked) - done, error=str(error), next_try_s=pause_s
+                )
+                break
+            done += 1
+        del self._unchecked[:done]
+        self._next_check = None
+        if self._unchecked and self._loop is not None and self._socket is not None:
+            self._next_check = self._loop.call_later(pause_s, self._check_some)
 
     def _check(self, ifindex: int, *, later: bool) -> rtnl.LinkRecord | None:
         """Ask the kernel about a watched interface and tell what we missed; None when it is gone."""
