@@ -464,6 +464,34 @@ def test_a_filter_that_comes_in_front_is_told_of(topology: Topology, start: Star
     os.close(program)
 
 
+@pytest.mark.parametrize("note", ["ours", "an older version's"])
+def test_a_qdisc_that_others_use_at_the_detach_is_theirs_and_no_start_asks_whose_it_was(
+    topology: Topology, start: Start, note: str
+) -> None:
+    """The note that we made it would else be taken for an attachment that nobody knows, which fails every start."""
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}}, tcx=False)
+    attached = daemon.attach(interface=workload.host_if)
+    theirs = ("filter", "add", "dev", workload.host_if, "egress", "prio", "7", "protocol", "ip", "u32")
+    topology.host.run("tc", *theirs, "match", "u32", "0", "0", "flowid", "1:1")
+    daemon.detach(attached.id)
+    assert daemon.link_pins() == []
+    left = daemon.pins / "links" / f"{attached.id}-qdisc"
+    if note != "ours":
+        left.mkdir()
+    for how in ("stop", "kill -9"):
+        end(daemon, how)
+        daemon.start()
+        assert daemon.attachments() == []
+    assert "u32" in topology.host.run("tc", "filter", "show", "dev", workload.host_if, "egress").stdout
+    again = daemon.attach(interface=workload.host_if)
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.detach(again.id)
+    assert "u32" in topology.host.run("tc", "filter", "show", "dev", workload.host_if, "egress").stdout
+    if note != "ours":
+        left.rmdir()
+
+
 def test_clsact_filters_that_somebody_removes_are_put_back(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()
     daemon = start(topology, policy={"default": {"mode": "block_all"}}, tcx=False)

@@ -133,6 +133,7 @@ class Hooks:
             clsact.detach(target.ifindex, side_of(direction), self._pin(name, QDISC))
         for mark in (MAIN, f"{MAIN}_new"):
             self._pin(name, mark).unlink(missing_ok=True)
+        clsact.forget(self._pin(name, QDISC))
 
     @contextlib.contextmanager
     def cgroup_storage(self, target: CgroupTarget) -> Iterator[None]:

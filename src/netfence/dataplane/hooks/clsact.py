@@ -5,7 +5,8 @@ daemon puts it back. Ours is known by handle and name; priority 1 wherever that 
 lowest that is. Within one priority the kernel runs the newest filter first. We pass with TC_ACT_UNSPEC (-1).
 
 The qdisc may belong to others: it is removed only when we made it (`marker`, a directory on the bpffs: it lives exactly
-as long as pins do) and no filter is left in it.
+as long as pins do) and no filter is left in it. One that others use when the attachment ends is theirs from then on
+(`forget`): nobody would come back for it.
 """
 
 from __future__ import annotations
@@ -92,10 +93,16 @@ def detach(ifindex: int, side: Side, marker: Path) -> bool:
                 _remove_qdisc(netlink, ifindex, marker)
     except OSError as error:
         if error.errno == errno.ENODEV:
-            _forget(marker)
+            forget(marker)
             return False
         raise explain(f"detach clsact {side} of interface {ifindex}", error) from error
     return bool(ours)
+
+
+def forget(marker: Path) -> None:
+    """Leave the qdisc to those who use it, at the end of an attachment; idempotent."""
+    with contextlib.suppress(FileNotFoundError):
+        marker.rmdir()
 
 
 def attached(ifindex: int, side: Side) -> int | None:
@@ -162,12 +169,7 @@ def _remove_qdisc(netlink: Rtnl, ifindex: int, marker: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.EINVAL):  # gone already, or replaced by another kind
             raise
-    _forget(marker)
-
-
-def _forget(marker: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        marker.rmdir()
+    forget(marker)
 
 
 def _choose_priority(filters: list[_Filter]) -> int:
