@@ -15,6 +15,7 @@ from pathlib import Path
 
 from netfence.dataplane import links, probe
 from netfence.dataplane.cgroups import CgroupTarget
+from netfence.dataplane.failure import explain
 from netfence.dataplane.hooks import cgroup, clsact, tcx, xdp
 from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.loader import Loaded
@@ -122,6 +123,18 @@ class Hooks:
     def _attach_xdp(self, target: InterfaceTarget, name: str) -> str:
         return xdp.attach(self._programs["nf_xdp"], target.ifindex, target.name, self._pin(name, XDP))
 
+    def require_changeable(self, name: str) -> None:
+        """Raise what the last step of a detach would, before the first: what is taken off until then opens the fence.
+
+        A clsact filter and a cgroup's slot go without a word from the bpffs, whose pins may not go (read-only).
+        """
+        if not any(self._pin(name, hook).exists() for hook in (MAIN, INBOUND, QDISC, XDP, *CGROUP_PROGRAMS)):
+            return  # an attach that the bpffs refused is taken back
+        try:
+            os.utime(self._directory)
+        except OSError as error:
+            raise explain(f"detach {name}: change {self._directory}", error, "make it writable") from error
+
     def detach_interface(self, target: InterfaceTarget, name: str) -> None:
         """Take all programs off; idempotent."""
         xdp.detach(self._pin(name, XDP))
@@ -131,8 +144,9 @@ class Hooks:
             return
         for direction in Direction:
             clsact.detach(target.ifindex, side_of(direction), self._pin(name, QDISC))
-        for mark in (MAIN, f"{MAIN}_new"):
-            self._pin(name, mark).unlink(missing_ok=True)
+        for pin in (self._pin(name, MAIN), self._pin(name, f"{MAIN}_new")):
+            if pin.exists():  # a read-only bpffs refuses to remove what is not there, too
+                pin.unlink()
         clsact.forget(self._pin(name, QDISC))
 
     @contextlib.contextmanager

@@ -227,6 +227,7 @@ class DataPlane:
         pending = self._inbound_hooks.pop(name, None)
         if pending is not None:
             await asyncio.wait([pending])
+        await self._run(lambda: self._hooks.require_changeable(name))
         index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
         if isinstance(target, CgroupTarget):
             # Storage outlives the links and would come back with the next attach: back to start_mode first.

@@ -11,7 +11,6 @@ as long as pins do) and no filter is left in it. One that others use when the at
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -101,7 +100,7 @@ def detach(ifindex: int, side: Side, marker: Path) -> bool:
 
 def forget(marker: Path) -> None:
     """Leave the qdisc to those who use it, at the end of an attachment; idempotent."""
-    with contextlib.suppress(FileNotFoundError):
+    if marker.is_dir():  # a read-only bpffs refuses to remove what is not there, too
         marker.rmdir()
 
 
