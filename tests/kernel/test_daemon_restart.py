@@ -427,6 +427,44 @@ def test_links_that_somebody_detaches_are_put_back(
         assert len(get_xdp_programs(netlink, socket.if_nametoindex(early.host_if))) == 1
 
 
+@pytest.mark.parametrize(
+    "how", [pytest.param("tcx link", marks=needs_tcx), "cgroup link", "clsact qdisc", "clsact filter"]
+)
+def test_servers_inside_answer_again_after_somebody_took_the_inbound_hook(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup], how: str
+) -> None:
+    """It notes the connections begun from outside, whose answers pass."""
+    workload, group = topology.add_veth(), cgroups("server")
+    daemon = start(topology, policy={"default": {"mode": "allowlist"}}, tcx="clsact" not in how)
+    target: dict[str, Any] = {"cgroup": group} if "cgroup" in how else {"interface": workload.host_if}
+    attached = daemon.attach(**target)
+
+    with Agent(netns=workload.netns, cgroup=group) as server, Agent(netns=topology.host) as client:
+        listening = server.tcp()
+        listening.bind((workload.address4, 0))
+        listening.listen()
+
+        def answers() -> bool:
+            try:
+                client.connect(*listening.name(), timeout_s=0.25).close()
+            except TimeoutError:
+                return False
+            return True
+
+        wait_for(answers, "the inbound hook, which comes last")
+        if "link" in how:
+            take_off(daemon.pins / "links" / f"{attached.id}-inbound")
+            assert not answers()
+        elif "qdisc" in how:
+            topology.host.run("tc", "qdisc", "del", "dev", workload.host_if, "clsact")
+            wait_for(lambda: daemon.own_events("hook_put_back", attached.id), "the hook to be put back")
+        else:
+            topology.host.run("tc", "filter", "del", "dev", workload.host_if, "egress")
+        wait_for(answers, "servers to answer again", 30)
+    wait_for(lambda: daemon.own_events("inbound_hook_put_back", attached.id), "a word about it")
+    assert bool(daemon.own_events("hook_put_back", attached.id)) == ("qdisc" in how)
+
+
 @needs_tcx
 def test_a_program_that_comes_in_front_is_told_of(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()

@@ -96,11 +96,11 @@ class Hooks:
         tcx.attach(self._programs[program], target.ifindex, target.name, side, pin)
         return False
 
-    def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> None:
+    def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> bool:
         pin, fresh = self._pin(name, hook), self._pin(name, f"{hook}_new")
         there = cgroup.program(pin, target.cgroup_id)
         if there == self._ids[program]:
-            return
+            return True
         cgroup.detach(fresh)  # of a start that was cut short
         if not there:
             cgroup.detach(pin)  # what is left of a link that somebody took off
@@ -108,6 +108,7 @@ class Hooks:
         # Another build's link goes with its pin; until then both judge. Ours does not take its place in that link,
         # because it would look for the slot in the storage of the other build's map.
         fresh.rename(pin)
+        return there != 0
 
     def _is_ours(self, pin: Path, program: str) -> bool:
         return links.pinned_prog_id(pin) == self._ids[program]
@@ -174,16 +175,17 @@ class Hooks:
             for pin in (self._pin(name, hook), self._pin(name, f"{hook}_new")):
                 cgroup.detach(pin)
 
-    def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
-        """Put the program that notes connections begun from outside onto the opposite hook."""
+    def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> bool:
+        """Have the program that notes connections begun from outside on the opposite hook; False when it was not."""
         if isinstance(target, CgroupTarget):
-            self._put_back_cgroup(target, name, INBOUND, "nf_cgroup_inbound", "ingress")
-            return
-        side = side_of(direction or Direction.WORKLOAD).opposite
+            return self._put_back_cgroup(target, name, INBOUND, "nf_cgroup_inbound", "ingress")
+        side, program = side_of(direction or Direction.WORKLOAD).opposite, "nf_tc_inbound"
         if self._tcx:
-            self._put_back_tcx(target, side, name, INBOUND, "nf_tc_inbound")
-        else:
-            clsact.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, self._pin(name, QDISC))
+            return self._put_back_tcx(target, side, name, INBOUND, program)
+        there = clsact.attached(target.ifindex, side)
+        if there != self._ids[program]:
+            clsact.attach(self._programs[program], target.ifindex, target.name, side, self._pin(name, QDISC))
+        return there is not None
 
     def in_front(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> list[str]:
         """Describe the foreign programs that see packets before ours."""
