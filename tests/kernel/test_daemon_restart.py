@@ -22,6 +22,7 @@ from harness.topology import Topology, Workload
 from hooktools import TCX_NEXT, needs_tcx, take_off
 from netfence.api.client import RefusedError
 from netfence.dataplane import links, rawprog
+from netfence.dataplane.hooks import standin
 from netfence.dataplane.links import AttachType
 from netfence.dataplane.rawprog import ProgType
 from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
@@ -463,6 +464,77 @@ def test_servers_inside_answer_again_after_somebody_took_the_inbound_hook(
         wait_for(answers, "servers to answer again", 30)
     wait_for(lambda: daemon.own_events("inbound_hook_put_back", attached.id), "a word about it")
     assert bool(daemon.own_events("hook_put_back", attached.id)) == ("qdisc" in how)
+
+
+@pytest.mark.parametrize("when", ["while the daemon runs", "while it does not"])
+@pytest.mark.parametrize("tcx", [pytest.param(True, marks=needs_tcx), False], ids=["tcx", "clsact"])
+def test_a_program_that_passes_everything_in_front_of_ours_is_passed(
+    topology: Topology, start: Start, when: str, *, tcx: bool
+) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if)
+    program = rawprog.load_raw(ProgType.SCHED_CLS, rawprog.returning(0), name="somebody")  # TCX_PASS, TC_ACT_OK
+    if when == "while it does not":
+        daemon.kill()
+    pin = daemon.bpffs / "somebody"
+    place = ("dev", workload.host_if, "ingress", "prio", "1", "protocol", "all", "handle", "1", "bpf")
+    if tcx:
+        with topology.host.inside():
+            link = links.link_create_tcx(program, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+        os.close(program)
+    else:
+        links.obj_pin(program, pin)
+        link = program
+        topology.host.run("tc", "filter", "add", *place, "da", "object-pinned", str(pin))
+    if when == "while it does not":
+        assert topology.arrived(workload, UDP6, OUTSIDE6) == 3  # a hole
+        daemon.start()
+    wait_for(lambda: topology.arrived(workload, UDP6, OUTSIDE6) == 0, "ours to be first again", 30)
+    wait_for(lambda: daemon.own_events("hook_moved_ahead", attached.id), "a word about it")
+    (told,) = daemon.own_events("hook_moved_ahead", attached.id)
+    assert "(somebody)" in told["passed"][0]
+    assert told["in_front"] == []
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    daemon.restart()
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.detach(attached.id)
+    if not tcx:
+        topology.host.run("tc", "filter", "del", *place)
+        pin.unlink()
+    os.close(link)
+
+
+@needs_tcx
+@pytest.mark.parametrize("until", ["ours is in the old link", "ours is in the new link", "the new link is pinned"])
+def test_a_daemon_that_is_killed_while_ours_moves_ahead_leaves_nothing_open(
+    topology: Topology, start: Start, until: str
+) -> None:
+    """The steps of `tcx.move_ahead`; the stand-ins drop when nobody holds their table."""
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    pins = wait_for(lambda: len(there := daemon.link_pins()) == 2 and there, "both hooks")
+    daemon.kill()
+    ours = links.obj_get(next(daemon.pins.glob("programs-*")) / "nf_tc")
+    main = daemon.pins / "links" / f"{attached.id}-main"
+    with topology.host.inside(), standin.stand_ins(ours, 2) as (first, last):
+        old = links.obj_get(main)
+        new = links.link_create_tcx(first, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+        if until != "ours is in the old link":
+            links.link_update(old, last)
+            links.link_update(new, ours)
+        if until == "the new link is pinned":
+            links.obj_pin(new, main.with_name(f"{main.name}_new"))
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    for each in (old, new, ours):
+        os.close(each)
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.start()
+    assert daemon.link_pins() == pins
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
 
 
 @needs_tcx

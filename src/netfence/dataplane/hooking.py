@@ -90,9 +90,11 @@ class Hooks:
         pin = self._pin(name, hook)
         if tcx.attached(pin, target.ifindex, side):
             if not self._is_ours(pin, program):
+                tcx.detach(self._pin(name, f"{hook}_new"))  # of a move ahead that was cut short
                 tcx.replace(pin, self._programs[program])
             return True
-        tcx.detach(pin)  # what is left of a link that somebody took off
+        for left in (pin, self._pin(name, f"{hook}_new")):  # of a link that somebody took off
+            tcx.detach(left)
         tcx.attach(self._programs[program], target.ifindex, target.name, side, pin)
         return False
 
@@ -140,7 +142,7 @@ class Hooks:
         """Take all programs off; idempotent."""
         xdp.detach(self._pin(name, XDP))
         if self._tcx:
-            for hook in (MAIN, INBOUND):
+            for hook in (MAIN, f"{MAIN}_new", INBOUND):
                 tcx.detach(self._pin(name, hook))
             return
         for direction in Direction:
@@ -196,6 +198,18 @@ class Hooks:
         ours = links.prog_info(self._programs["nf_tc"]).id
         module = tcx if self._tcx else clsact
         return [str(one) for one in module.in_front(target.ifindex, side_of(direction or Direction.WORKLOAD), ours)]
+
+    def move_ahead(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
+        """Put ours in front of the foreign programs that it can pass: of a cgroup's none, they cannot pass for it."""
+        if isinstance(target, CgroupTarget):
+            return
+        side, program = side_of(direction or Direction.WORKLOAD), self._programs["nf_tc"]
+        if not self._tcx:
+            clsact.move_ahead(program, target.ifindex, target.name, side)
+            return
+        pin, fresh = self._pin(name, MAIN), self._pin(name, f"{MAIN}_new")
+        if tcx.attached(pin, target.ifindex, side):
+            tcx.move_ahead(program, target.ifindex, target.name, side, pin, fresh)
 
     def of_others(self) -> set[str]:
         """Return the names of attachments of which a hook runs another build's program."""

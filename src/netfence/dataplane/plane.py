@@ -295,6 +295,18 @@ class DataPlane:
         """Describe foreign programs that see packets before ours and could pass them around us. Blocks."""
         return self._hooks.in_front(target, direction, name)
 
+    async def move_ahead(self, target: Target, direction: Direction | None, name: str) -> list[str]:
+        """Put ours in front of foreign programs, where it can be; return what is in front of it still.
+
+        Our program judges every packet meanwhile, and may count one twice. Raises NetfenceError, with all as it was.
+        """
+
+        def work() -> list[str]:
+            self._hooks.move_ahead(target, direction, name)
+            return self._hooks.in_front(target, direction, name)
+
+        return await self._run(work)
+
     # -- policy -----------------------------------------------------------------------------------------------------
 
     async def apply(self, slot: int, policy: Policy, old: Policy | None, *, start: bool = False) -> None:
