@@ -57,8 +57,12 @@ class Kernel(DataPlane):
         return self._loaded.build
 
     def pinned(self) -> set[str]:
-        """Return the names of all attachments that have pins; after a restart those of the last daemon."""
-        return {pin.name.rpartition("-")[0] for pin in (self._bpffs_dir / "links").glob("*-*")}
+        """Return the names of all attachments that have pins; after a restart those of the last daemon.
+
+        A directory pins nothing: it notes that a qdisc is ours to remove, and older versions left it behind.
+        """
+        pins = (self._bpffs_dir / "links").glob("*-*")
+        return {pin.name.rpartition("-")[0] for pin in pins if not pin.is_dir()}
 
     async def mechanism(self, target: InterfaceTarget, name: str) -> str:
         """Tell what fences an interface now: ``xdp-native`` or ``xdp-generic`` where XDP is in force, or TC's."""

@@ -39,7 +39,7 @@ from netfence.dns.server import DnsServer, Totals
 from netfence.dns.settings import DnsSettings
 from netfence.dns.upstream import Resolver
 from netfence.endpoints import Endpoint, Endpoints
-from netfence.errors import ExistsError, InvalidError, NotFoundError, PreconditionError
+from netfence.errors import ExistsError, InvalidError, NetfenceError, NotFoundError, PreconditionError
 from netfence.finding import interface_hint, unknown
 from netfence.kernel import Kernel
 from netfence.leasing import LeaseLimits, LeaseTable
@@ -52,6 +52,12 @@ from netfence.tasks import finish
 
 Target = InterfaceTarget | CgroupTarget
 Key = tuple[str, int]  # ("interface", ifindex) or ("cgroup", id): what a target is, whatever it is called
+
+TIMES_AHEAD = 3
+"""How often ours goes in front of what came before it, per attachment and daemon: who insists is only told of then.
+
+Without an end two daemons that both want to be first would move for ever, and both filters cost twice meanwhile.
+"""
 
 SHOWN_SENDERS = 5  # pids named in the warning about CAP_NET_RAW
 
@@ -78,6 +84,7 @@ class Live:
     hooked: bool = False
     hook_lost: bool = False
     in_front: list[str] = field(default_factory=list)  # foreign programs before ours, as last seen
+    times_ahead: int = 0  # how often ours has passed such
 
     @property
     def row(self) -> Row:
@@ -441,7 +448,7 @@ class Lifecycle:
         )
 
     async def look_in_front(self, live: Live) -> None:
-        """Tell of foreign programs that came in front of ours; where that can be undone, whoever put them there can."""
+        """Tell of foreign programs that came in front of ours, and pass them where that can be done."""
         try:
             front = await asyncio.to_thread(self.parts.plane.front, live.target, live.direction, live.row.id)
         except NotFoundError:  # the target is gone
@@ -449,7 +456,32 @@ class Lifecycle:
         if set(front) - set(live.in_front):
             effect = "they see packets first and could pass them around us"
             live.attachment.log.error("programs_in_front", programs=front, effect=effect)
+            front = await self._move_ahead(live, front)
         live.in_front = front
+
+    async def _move_ahead(self, live: Live, front: list[str]) -> list[str]:
+        """Put ours in front of `front`, never beside a detach; return what stays in front."""
+        say, left = live.attachment.log, front
+
+        async def move() -> None:
+            nonlocal left
+            moving = self.parts.plane.move_ahead(live.target, live.direction, live.row.id)
+            left = await finish(moving, f"move {live.row.name} ahead")
+
+        if live.times_ahead == TIMES_AHEAD:
+            say.warning("hook_not_moved_ahead", why=f"it was moved {TIMES_AHEAD} times and somebody insists")
+            return front
+        try:
+            await live.attachment.while_open(move)
+        except NotFoundError:  # the target is gone
+            return front
+        except NetfenceError as error:
+            say.warning("hook_not_moved_ahead", why=str(error))
+            return front
+        if passed := [one for one in front if one not in left]:
+            live.times_ahead += 1
+            say.warning("hook_moved_ahead", passed=passed, in_front=left, effect="it decides before them again")
+        return left
 
     async def warn(self, live: Live) -> None:
         """Say at attach what the fence cannot do for this target (semantics.md 8, loopback DNS, programs in front)."""

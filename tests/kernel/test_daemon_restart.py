@@ -24,6 +24,7 @@ from harness.topology import Topology, Workload
 from hooktools import TCX_NEXT, needs_tcx, take_off
 from netfence.api.client import RefusedError
 from netfence.dataplane import links, rawprog
+from netfence.dataplane.hooks import standin
 from netfence.dataplane.links import AttachType
 from netfence.dataplane.rawprog import ProgType
 from netfence.dataplane.rtnl import Rtnl, get_xdp_programs
@@ -547,6 +548,115 @@ def test_links_that_somebody_detaches_are_put_back(
         assert len(get_xdp_programs(netlink, socket.if_nametoindex(early.host_if))) == 1
 
 
+@pytest.mark.parametrize(
+    "how", [pytest.param("tcx link", marks=needs_tcx), "cgroup link", "clsact qdisc", "clsact filter"]
+)
+def test_servers_inside_answer_again_after_somebody_took_the_inbound_hook(
+    topology: Topology, start: Start, cgroups: Callable[[str], Cgroup], how: str
+) -> None:
+    """It notes the connections begun from outside, whose answers pass."""
+    workload, group = topology.add_veth(), cgroups("server")
+    daemon = start(topology, policy={"default": {"mode": "allowlist"}}, tcx="clsact" not in how)
+    target: dict[str, Any] = {"cgroup": group} if "cgroup" in how else {"interface": workload.host_if}
+    attached = daemon.attach(**target)
+
+    with Agent(netns=workload.netns, cgroup=group) as server, Agent(netns=topology.host) as client:
+        listening = server.tcp()
+        listening.bind((workload.address4, 0))
+        listening.listen()
+
+        def answers() -> bool:
+            try:
+                client.connect(*listening.name(), timeout_s=0.25).close()
+            except TimeoutError:
+                return False
+            return True
+
+        wait_for(answers, "the inbound hook, which comes last")
+        if "link" in how:
+            take_off(daemon.pins / "links" / f"{attached.id}-inbound")
+            assert not answers()
+        elif "qdisc" in how:
+            topology.host.run("tc", "qdisc", "del", "dev", workload.host_if, "clsact")
+            wait_for(lambda: daemon.own_events("hook_put_back", attached.id), "the hook to be put back")
+        else:
+            topology.host.run("tc", "filter", "del", "dev", workload.host_if, "egress")
+        wait_for(answers, "servers to answer again", 30)
+    wait_for(lambda: daemon.own_events("inbound_hook_put_back", attached.id), "a word about it")
+    assert bool(daemon.own_events("hook_put_back", attached.id)) == ("qdisc" in how)
+
+
+@pytest.mark.parametrize("when", ["while the daemon runs", "while it does not"])
+@pytest.mark.parametrize("tcx", [pytest.param(True, marks=needs_tcx), False], ids=["tcx", "clsact"])
+def test_a_program_that_passes_everything_in_front_of_ours_is_passed(
+    topology: Topology, start: Start, when: str, *, tcx: bool
+) -> None:
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY, tcx=tcx)
+    attached = daemon.attach(interface=workload.host_if)
+    program = rawprog.load_raw(ProgType.SCHED_CLS, rawprog.returning(0), name="somebody")  # TCX_PASS, TC_ACT_OK
+    if when == "while it does not":
+        daemon.kill()
+    pin = daemon.bpffs / "somebody"
+    place = ("dev", workload.host_if, "ingress", "prio", "1", "protocol", "all", "handle", "1", "bpf")
+    if tcx:
+        with topology.host.inside():
+            link = links.link_create_tcx(program, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+        os.close(program)
+    else:
+        links.obj_pin(program, pin)
+        link = program
+        topology.host.run("tc", "filter", "add", *place, "da", "object-pinned", str(pin))
+    if when == "while it does not":
+        assert topology.arrived(workload, UDP6, OUTSIDE6) == 3  # a hole
+        daemon.start()
+    wait_for(lambda: topology.arrived(workload, UDP6, OUTSIDE6) == 0, "ours to be first again", 30)
+    wait_for(lambda: daemon.own_events("hook_moved_ahead", attached.id), "a word about it")
+    (told,) = daemon.own_events("hook_moved_ahead", attached.id)
+    assert "(somebody)" in told["passed"][0]
+    assert told["in_front"] == []
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    daemon.restart()
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.detach(attached.id)
+    if not tcx:
+        topology.host.run("tc", "filter", "del", *place)
+        pin.unlink()
+    os.close(link)
+
+
+@needs_tcx
+@pytest.mark.parametrize("until", ["ours is in the old link", "ours is in the new link", "the new link is pinned"])
+def test_a_daemon_that_is_killed_while_ours_moves_ahead_leaves_nothing_open(
+    topology: Topology, start: Start, until: str
+) -> None:
+    """The steps of `tcx.move_ahead`; the stand-ins drop when nobody holds their table."""
+    workload = topology.add_veth()
+    daemon = start(topology, policy=POLICY)
+    attached = daemon.attach(interface=workload.host_if)
+    pins = wait_for(lambda: len(there := daemon.link_pins()) == 2 and there, "both hooks")
+    daemon.kill()
+    ours = links.obj_get(next(daemon.pins.glob("programs-*")) / "nf_tc")
+    main = daemon.pins / "links" / f"{attached.id}-main"
+    with topology.host.inside(), standin.stand_ins(ours, 2) as (first, last):
+        old = links.obj_get(main)
+        new = links.link_create_tcx(first, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+        if until != "ours is in the old link":
+            links.link_update(old, last)
+            links.link_update(new, ours)
+        if until == "the new link is pinned":
+            links.obj_pin(new, main.with_name(f"{main.name}_new"))
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    for each in (old, new, ours):
+        os.close(each)
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    daemon.start()
+    assert daemon.link_pins() == pins
+    assert topology.arrived(workload, UDP6, OUTSIDE6) == 0
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+
+
 @needs_tcx
 def test_a_program_that_comes_in_front_is_told_of(topology: Topology, start: Start) -> None:
     workload = topology.add_veth()
@@ -582,6 +692,34 @@ def test_a_filter_that_comes_in_front_is_told_of(topology: Topology, start: Star
     topology.host.run("tc", "filter", "del", *place)
     pin.unlink()
     os.close(program)
+
+
+@pytest.mark.parametrize("note", ["ours", "an older version's"])
+def test_a_qdisc_that_others_use_at_the_detach_is_theirs_and_no_start_asks_whose_it_was(
+    topology: Topology, start: Start, note: str
+) -> None:
+    """The note that we made it would else be taken for an attachment that nobody knows, which fails every start."""
+    workload = topology.add_veth()
+    daemon = start(topology, policy={"default": {"mode": "block_all"}}, tcx=False)
+    attached = daemon.attach(interface=workload.host_if)
+    theirs = ("filter", "add", "dev", workload.host_if, "egress", "prio", "7", "protocol", "ip", "u32")
+    topology.host.run("tc", *theirs, "match", "u32", "0", "0", "flowid", "1:1")
+    daemon.detach(attached.id)
+    assert daemon.link_pins() == []
+    left = daemon.pins / "links" / f"{attached.id}-qdisc"
+    if note != "ours":
+        left.mkdir()
+    for how in ("stop", "kill -9"):
+        end(daemon, how)
+        daemon.start()
+        assert daemon.attachments() == []
+    assert "u32" in topology.host.run("tc", "filter", "show", "dev", workload.host_if, "egress").stdout
+    again = daemon.attach(interface=workload.host_if)
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.detach(again.id)
+    assert "u32" in topology.host.run("tc", "filter", "show", "dev", workload.host_if, "egress").stdout
+    if note != "ours":
+        left.rmdir()
 
 
 def test_clsact_filters_that_somebody_removes_are_put_back(topology: Topology, start: Start) -> None:

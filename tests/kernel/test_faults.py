@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from harness.topology import Topology, Workload
 from netfence.api.client import DaemonClient, RefusedError
 from netfence.api.views import AttachSpec
 from netfence.config import Dns
+from netfence.dataplane import rtnl
 from netfence.dataplane.compile import map_specs
 from netfence.dataplane.layout import Layout
 from netfence.dataplane.links import obj_get
@@ -219,12 +220,29 @@ def test_a_disk_that_fails_under_a_running_daemon(bench_on: Callable[..., Bench]
 # -- a read-only bpffs -------------------------------------------------------------------------------------------------
 
 
-def test_a_read_only_bpffs_under_a_running_daemon(bench_on: Callable[..., Bench]) -> None:
-    bench = bench_on()
+@contextmanager
+def no_filter_goes(topology: Topology) -> Iterator[None]:
+    """Have the kernel tell of what is taken from the host's interfaces, and see that nothing is, not for a moment."""
+    with topology.host.inside():
+        listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+    with closing(listening):
+        listening.bind((0, 0x8))  # RTMGRP_TC
+        yield
+        told: list[int] = []
+        with suppress(BlockingIOError):
+            while True:
+                told += [message.type for message in rtnl.split(listening.recv(1 << 16))]
+        assert not {rtnl.RTM_DELTFILTER, rtnl.RTM_DELQDISC} & set(told)
+
+
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_a_read_only_bpffs_under_a_running_daemon(bench_on: Callable[..., Bench], *, tcx: bool) -> None:
+    bench = bench_on(tcx=tcx)
     with faults.read_only(bench.daemon.bpffs):
         assert "read-only file system" in bench.refused(bench.attach_other).lower()
         bench.holds()
-        assert "read-only file system" in bench.refused(lambda: bench.daemon.detach(bench.attached.id)).lower()
+        with no_filter_goes(bench.topology):
+            assert "read-only file system" in bench.refused(lambda: bench.daemon.detach(bench.attached.id)).lower()
         bench.holds()
         bench.daemon.set_policy(policy(ALLOWED, OTHER))  # tables have no pins
         assert bench.topology.arrived(bench.fenced, UDP4, OTHER) == 3

@@ -7,9 +7,10 @@ import json
 import os
 import statistics
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ import pytest
 from harness.deadline import SLOWNESS
 from harness.needs import needs
 from hooktools import (
+    HOST_IP,
+    PORT,
+    SILENCE_S,
     TC_ACT_SHOT,
     TCX_NEXT,
     Probe,
@@ -26,18 +30,21 @@ from hooktools import (
     in_cgroup,
     inside_netns,
     needs_tcx,
+    open_descriptors,
     program,
     run,
 )
-from netfence.dataplane import links, probe, sysbpf
+from netfence.dataplane import links, probe, rtnl, sysbpf
 from netfence.dataplane.hooks import cgroup as cgroup_hook
 from netfence.dataplane.hooks import clsact, tcx
 from netfence.dataplane.hooks.chain import Side
+from netfence.dataplane.hooks.standin import stand_ins
 from netfence.dataplane.links import AttachType
 from netfence.dataplane.rawprog import ProgType
 from netfence.errors import ExistsError, NetfenceError, NotFoundError, PreconditionError
 
 NO_IFINDEX = 987_654
+TCX_PASS = TC_ACT_OK = 0  # they end the chain: whoever stands behind never sees the packet
 SEND = """
 import socket
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -81,6 +88,27 @@ def qdiscs(device: str = "h0") -> list[str]:
     return [each["kind"] for each in json.loads(run(f"tc -j qdisc show dev {device}"))]
 
 
+@contextmanager
+def nothing_arrives(probes: Probe) -> Iterator[None]:
+    """Send to the host as fast as it goes, from another thread, and see that nothing comes."""
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.is_set():
+            probes.workload.sendto(b"x", (HOST_IP, PORT))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        over.set()
+        sender.join()
+    probes.host.settimeout(SILENCE_S)
+    with pytest.raises(TimeoutError):
+        probes.host.recv(64)
+
+
 class TestTcx:
     pytestmark = needs_tcx
 
@@ -113,6 +141,65 @@ class TestTcx:
             tcx.detach(pins / "theirs")
             assert probes.to_host()
             tcx.detach(pins / "ours")
+
+    @pytest.mark.parametrize("side", list(Side))
+    def test_moves_ahead_of_one_that_ends_the_chain(self, pins: Path, pair: tuple[Probe, int], side: Side) -> None:
+        probes, index = pair
+        kind = AttachType.TCX_INGRESS if side is Side.INGRESS else AttachType.TCX_EGRESS
+        with program(TC_ACT_SHOT) as drop, program(TCX_PASS) as theirs:
+            tcx.attach(drop, index, "h0", side, pins / "l")
+            tcx.attach(theirs, index, "h0", side, pins / "theirs")
+            assert arrives(probes, side)
+            before = open_descriptors()
+            tcx.move_ahead(drop, index, "h0", side, pins / "l", pins / "l_new")
+            assert open_descriptors() == before
+            assert links.prog_query_tcx(index, kind) == [links.prog_info(each).id for each in (drop, theirs)]
+            assert not arrives(probes, side)
+            assert sorted(pin.name for pin in pins.iterdir()) == ["l", "theirs"]
+            assert tcx.attached(pins / "l", index, side)
+            for pin in ("l", "theirs"):
+                tcx.detach(pins / pin)
+            assert links.prog_query_tcx(index, kind) == []
+
+    def test_nothing_gets_by_while_it_moves(self, pins: Path, pair: tuple[Probe, int]) -> None:
+        probes, index = pair
+        with program(TC_ACT_SHOT) as drop, program(TCX_NEXT) as theirs:
+            tcx.attach(drop, index, "h0", Side.INGRESS, pins / "l")
+            with nothing_arrives(probes):
+                for _ in range(10):
+                    tcx.attach(theirs, index, "h0", Side.INGRESS, pins / "theirs")
+                    tcx.move_ahead(drop, index, "h0", Side.INGRESS, pins / "l", pins / "l_new")
+                    tcx.detach(pins / "theirs")
+            tcx.detach(pins / "l")
+            assert probes.to_host()
+
+    def test_what_passes_goes_on_to_pass_while_it_moves(self, pins: Path, pair: tuple[Probe, int]) -> None:
+        """A stand-in says what ours says, until nobody keeps its table any more: then it drops."""
+        probes, index = pair
+        with program(TCX_NEXT) as keep:
+            with stand_ins(keep, 1) as (only,):
+                tcx.attach(only, index, "h0", Side.INGRESS, pins / "l")
+                assert probes.to_host()
+            assert not probes.to_host()
+            tcx.detach(pins / "l")
+
+    @pytest.mark.parametrize("why", ["full", "taken"])
+    def test_a_move_that_fails_leaves_all_as_it_was(self, pins: Path, pair: tuple[Probe, int], why: str) -> None:
+        probes, index = pair
+        with ExitStack() as stack:
+            drop = stack.enter_context(program(TC_ACT_SHOT))
+            tcx.attach(drop, index, "h0", Side.INGRESS, pins / "l")
+            for _ in range(62 if why == "full" else 1):
+                keep = stack.enter_context(program(TCX_NEXT))
+                stack.callback(os.close, links.link_create_tcx(keep, index, AttachType.TCX_INGRESS))
+            before = links.prog_query_tcx(index, AttachType.TCX_INGRESS)
+            fresh = pins / ("l_new" if why == "full" else "no/l_new")
+            with pytest.raises(NetfenceError, match="move tcx ingress on h0 ahead"):
+                tcx.move_ahead(drop, index, "h0", Side.INGRESS, pins / "l", fresh)
+            assert links.prog_query_tcx(index, AttachType.TCX_INGRESS) == before
+            assert [pin.name for pin in pins.iterdir()] == ["l"]
+            assert not probes.to_host()
+            tcx.detach(pins / "l")
 
     def test_replaces_in_place(self, pins: Path, pair: tuple[Probe, int]) -> None:
         probes, index = pair
@@ -255,6 +342,69 @@ class TestClsact:
             assert (front.where, front.prog_id, front.name) == ("clsact prio 1 handle 0x2", theirs_id, "theirs")
             clsact.detach(index, Side.INGRESS, pins / "made")
             assert len(filters(Side.INGRESS)) == 2
+
+    def test_moves_ahead_of_a_newer_filter(self, pins: Path, pair: tuple[Probe, int]) -> None:
+        probes, index = pair
+        with program(TC_ACT_SHOT) as drop, program(TC_ACT_OK) as theirs:
+            links.obj_pin(theirs, pins / "theirs")
+            drop_id = links.prog_info(drop).id
+            clsact.attach(drop, index, "h0", Side.INGRESS, pins / "made")
+            run(f"tc filter add dev h0 ingress prio 1 protocol all handle 1 bpf da object-pinned {pins / 'theirs'}")
+            assert probes.to_host()
+            clsact.move_ahead(drop, index, "h0", Side.INGRESS)
+            assert not probes.to_host()
+            assert clsact.in_front(index, Side.INGRESS, drop_id) == ()
+            assert len(filters(Side.INGRESS)) == 2
+            clsact.move_ahead(drop, index, "h0", Side.INGRESS)
+            clsact.detach(index, Side.INGRESS, pins / "made")
+            assert len(filters(Side.INGRESS)) == 1
+            run("tc filter del dev h0 ingress")
+
+    def test_moves_to_a_lower_priority_and_not_past_what_it_cannot_pass(
+        self, pins: Path, pair: tuple[Probe, int]
+    ) -> None:
+        probes, index = pair
+        run("tc qdisc add dev h0 clsact")
+        run("tc filter add dev h0 ingress prio 1 protocol ip u32 match ip dst 192.0.2.1/32 flowid 1:1")
+        with program(TC_ACT_SHOT) as drop, program(TC_ACT_OK) as theirs:
+            links.obj_pin(theirs, pins / "theirs")
+            clsact.attach(drop, index, "h0", Side.INGRESS, pins / "made")
+            before = filters(Side.INGRESS)
+            clsact.move_ahead(drop, index, "h0", Side.INGRESS)
+            assert filters(Side.INGRESS) == before
+            run("tc filter del dev h0 ingress prio 1")
+            run(f"tc filter add dev h0 ingress prio 1 protocol all handle 1 bpf da object-pinned {pins / 'theirs'}")
+            assert probes.to_host()
+            clsact.move_ahead(drop, index, "h0", Side.INGRESS)
+            assert not probes.to_host()
+            assert {each["pref"] for each in filters(Side.INGRESS)} == {1}
+            clsact.detach(index, Side.INGRESS, pins / "made")
+            assert probes.to_host()
+
+    def test_nothing_gets_by_while_it_moves(self, pins: Path, pair: tuple[Probe, int]) -> None:
+        probes, index = pair
+        with program(TC_ACT_SHOT) as drop, program(TCX_NEXT) as theirs:
+            links.obj_pin(theirs, pins / "theirs")
+            clsact.attach(drop, index, "h0", Side.INGRESS, pins / "made")
+            with nothing_arrives(probes):
+                for number in range(1, 21):
+                    place = f"prio 1 protocol all handle {number}"
+                    run(f"tc filter add dev h0 ingress {place} bpf da object-pinned {pins / 'theirs'}")
+                    clsact.move_ahead(drop, index, "h0", Side.INGRESS)
+            clsact.detach(index, Side.INGRESS, pins / "made")
+
+    def test_what_a_move_that_was_cut_short_left_goes(self, pins: Path, pair: tuple[Probe, int]) -> None:
+        _, index = pair
+        with program(TCX_NEXT) as keep, rtnl.Rtnl() as netlink:
+            for way in (clsact.attach, clsact.detach):
+                clsact.attach(keep, index, "h0", Side.INGRESS, pins / "made")
+                clsact._put_filter(netlink, index, Side.INGRESS, 1, keep, clsact._STAND_IN)
+                assert len(filters(Side.INGRESS)) == 2
+                if way is clsact.attach:
+                    clsact.attach(keep, index, "h0", Side.INGRESS, pins / "made")
+                    assert len(filters(Side.INGRESS)) == 1
+                clsact.detach(index, Side.INGRESS, pins / "made")
+                assert "clsact" not in qdiscs()
 
     @needs_tcx
     def test_tcx_programs_are_in_front_of_clsact(self, pins: Path, pair: tuple[Probe, int]) -> None:

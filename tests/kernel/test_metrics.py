@@ -37,6 +37,7 @@ from netfence.dataplane.links import AttachType
 from netfence.dataplane.rawprog import ProgType
 from netfence.dns.limits import MAX_OUTSTANDING, MAX_TCP_CONNECTIONS
 from netfence.flows import MAX_WATCHERS
+from netfence.lifecycle import TIMES_AHEAD
 from netfence.metrics import FAMILIES
 from netfence.policy.modes import Reason
 from scraping import CONFIG, Scrape, get, place_of, scrape, scrape_until
@@ -348,12 +349,23 @@ def test_a_hook_that_was_put_back(daemon: Netfenced, topology: Topology, workloa
 
 
 @needs_tcx
-@pytest.mark.nightly  # the daemon looks every ten seconds: twenty until it is told
+@pytest.mark.timeout(180)
+@pytest.mark.nightly  # the daemon looks every ten seconds, and has to see it four times
 def test_programs_in_front(daemon: Netfenced, topology: Topology, workload: Workload, attached: str) -> None:
     assert scrape(daemon).series("netfence_programs_in_front") == []
     program = rawprog.load_raw(ProgType.SCHED_CLS, rawprog.returning(TCX_NEXT), name="somebody")
-    with topology.host.inside():
-        link = links.link_create_tcx(program, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+    before = len(daemon.events("hook_moved_ahead"))
+
+    def insist() -> int:
+        with topology.host.inside():
+            return links.link_create_tcx(program, socket.if_nametoindex(workload.host_if), AttachType.TCX_INGRESS)
+
+    for turn in range(1, TIMES_AHEAD + 1):  # then it is let be
+        link = insist()
+        wait_for(lambda: len(daemon.events("hook_moved_ahead")) == before + turn, "ours to be first", 30)  # noqa: B023
+        assert scrape(daemon).series("netfence_programs_in_front") == []
+        os.close(link)
+    link = insist()
     scrape_until(
         daemon, lambda page: page.sum("netfence_programs_in_front", attachment=attached) == 1, "it to be seen", 30
     )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import faults
 from harness import warm
+from harness.cgroup import Cgroup
 from harness.fence import MAX_LEASES
 from harness.packets import UDP4
 from harness.topology import Topology, Workload
+from netfence.dataplane.cgroups import resolve_cgroup
+from netfence.dataplane.maps import u32
 from netfence.dataplane.plane import DataPlane, Static
 from netfence.dataplane.target import Direction, resolve_interface
-from netfence.errors import ExhaustedError
+from netfence.errors import ExhaustedError, NetfenceError
 from netfence.policy.commands import BulkUpdate, CidrSpec, apply
 from netfence.policy.limits import MAX_ATTACHMENTS
 from netfence.policy.modes import Mode, Reason
@@ -209,6 +214,24 @@ def test_a_claimed_slot_takes_policies_and_leases_before_its_hooks_are_taken_ove
         runner.run(second.detach(slot, target, "one"))
         assert list(second._loaded.maps["dns_endpoints"].keys()) == []  # also what only the first daemon wrote
         runner.run(second.close(detach=False))
+
+
+def test_a_detach_that_the_bpffs_refuses_leaves_a_cgroup_its_policy(
+    directory: Path, cgroups: Callable[[str], Cgroup]
+) -> None:
+    """Its slot goes first: without it `start_mode` judges, which may let everything pass."""
+    target = resolve_cgroup(str(cgroups("kept").path))
+    with asyncio.Runner() as runner:
+        plane = runner.run(_open_with(directory, None))
+        slot = plane.allocate_slot()
+        runner.run(plane.attach(slot, target, STATIC, None, "one"))
+        key = target.cgroup_id.to_bytes(8, sys.byteorder)
+        with faults.read_only(directory / "bpf"), pytest.raises(NetfenceError, match="read-only file system"):
+            runner.run(plane.detach(slot, target, "one"))
+        assert (plane._loaded.maps["cgroup_slot"].lookup(key) or b"")[:4] == u32(slot)
+        runner.run(plane.detach(slot, target, "one"))
+        runner.run(plane.close(detach=False))
+    target.close()
 
 
 def test_a_slot_freed_twice_is_not_given_to_two(topology: Topology, directory: Path) -> None:

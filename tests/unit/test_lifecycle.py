@@ -32,7 +32,7 @@ from netfence.dns.upstream import Resolver
 from netfence.endpoints import PortEndpoints
 from netfence.errors import InvalidError, NetfenceError, NotFoundError
 from netfence.hosting import Host
-from netfence.lifecycle import Lifecycle, Live, Parts, Target, key_of
+from netfence.lifecycle import TIMES_AHEAD, Lifecycle, Live, Parts, Target, key_of
 from netfence.policy.commands import BulkUpdate, SetMode
 from netfence.policy.modes import Mode
 from netfence.policy.policy import Policy
@@ -65,6 +65,7 @@ class FakePlane:
         self.xdp: set[str] = set()  # attachments that have XDP too
         self.unclaimed: set[int] = set()  # slots that were nobody's once all was restored
         self.known: dict[str, Policy] = {}  # what the kernel remembers of attachments
+        self.before_ours = ["somebody"]
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -99,7 +100,14 @@ class FakePlane:
     def front(self, target: Target, direction: Direction | None, name: str) -> list[str]:
         del target, direction, name
         self._called("front")
-        return ["somebody"]
+        return self.before_ours
+
+    async def move_ahead(self, target: Target, direction: Direction | None, name: str) -> list[str]:
+        del target, direction, name
+        await asyncio.sleep(0)
+        self._called("move_ahead")
+        self.before_ours = [one for one in self.before_ours if one == "somebody"]  # whom it cannot pass
+        return self.before_ours
 
     async def clear_unclaimed(self, others: Iterable[int]) -> list[int]:
         self._called("clear_unclaimed")
@@ -568,5 +576,49 @@ def test_looking_for_programs_in_front_of_a_target_that_went_is_no_failure(tmp_p
         assert live.in_front == ["somebody"]
         levels = [entry["log_level"] for entry in logs if entry["event"] == "programs_in_front"]
         assert levels == ["error"]  # one word, whoever sees it first: the attach or the look that goes round
+
+    on_bench(tmp_path, work)
+
+
+def _moves(logs: Sequence[Any]) -> list[str]:
+    return [entry["event"] for entry in logs if "_ahead" in entry["event"]]
+
+
+def test_ours_goes_ahead_of_what_comes_in_front_a_few_times_and_then_only_tells(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        for time in range(TIMES_AHEAD + 2):
+            there = ["somebody", f"newcomer {time}"]
+            bench.plane.before_ours = there
+            with capture_logs() as logs:
+                await bench.lifecycle.look_in_front(live)
+                await bench.lifecycle.look_in_front(live)  # finds nothing new
+            insists = time >= TIMES_AHEAD
+            assert _moves(logs) == ["hook_not_moved_ahead" if insists else "hook_moved_ahead"]
+            assert live.in_front == (there if insists else ["somebody"])
+        assert bench.plane.calls.count("move_ahead") == TIMES_AHEAD
+
+    on_bench(tmp_path, work)
+
+
+@pytest.mark.parametrize("error", [NetfenceError("no memory"), NotFoundError("no such device")])
+def test_one_that_cannot_go_ahead_is_told_of_and_stays(tmp_path: Path, error: NetfenceError) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        bench.plane.fail["move_ahead"] = error
+        with capture_logs() as logs:
+            await bench.lifecycle.look_in_front(live)
+        assert _moves(logs) == ([] if isinstance(error, NotFoundError) else ["hook_not_moved_ahead"])
+        assert live.in_front == ["somebody"]
+
+    on_bench(tmp_path, work)
+
+
+def test_ours_does_not_move_beside_its_end(tmp_path: Path) -> None:
+    async def work(bench: Bench) -> None:
+        live = await bench.attach()
+        await bench.lifecycle.detach(live.row.id)
+        await bench.lifecycle.look_in_front(live)
+        assert "move_ahead" not in bench.plane.calls
 
     on_bench(tmp_path, work)

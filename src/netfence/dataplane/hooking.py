@@ -15,6 +15,7 @@ from pathlib import Path
 
 from netfence.dataplane import links, probe
 from netfence.dataplane.cgroups import CgroupTarget
+from netfence.dataplane.failure import explain
 from netfence.dataplane.hooks import cgroup, clsact, tcx, xdp
 from netfence.dataplane.hooks.chain import Side
 from netfence.dataplane.loader import Loaded
@@ -89,17 +90,19 @@ class Hooks:
         pin = self._pin(name, hook)
         if tcx.attached(pin, target.ifindex, side):
             if not self._is_ours(pin, program):
+                tcx.detach(self._pin(name, f"{hook}_new"))  # of a move ahead that was cut short
                 tcx.replace(pin, self._programs[program])
             return True
-        tcx.detach(pin)  # what is left of a link that somebody took off
+        for left in (pin, self._pin(name, f"{hook}_new")):  # of a link that somebody took off
+            tcx.detach(left)
         tcx.attach(self._programs[program], target.ifindex, target.name, side, pin)
         return False
 
-    def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> None:
+    def _put_back_cgroup(self, target: CgroupTarget, name: str, hook: str, program: str, attach_type: str) -> bool:
         pin, fresh = self._pin(name, hook), self._pin(name, f"{hook}_new")
         there = cgroup.program(pin, target.cgroup_id)
         if there == self._ids[program]:
-            return
+            return True
         cgroup.detach(fresh)  # of a start that was cut short
         if not there:
             cgroup.detach(pin)  # what is left of a link that somebody took off
@@ -107,6 +110,7 @@ class Hooks:
         # Another build's link goes with its pin; until then both judge. Ours does not take its place in that link,
         # because it would look for the slot in the storage of the other build's map.
         fresh.rename(pin)
+        return there != 0
 
     def _is_ours(self, pin: Path, program: str) -> bool:
         return links.pinned_prog_id(pin) == self._ids[program]
@@ -122,17 +126,31 @@ class Hooks:
     def _attach_xdp(self, target: InterfaceTarget, name: str) -> str:
         return xdp.attach(self._programs["nf_xdp"], target.ifindex, target.name, self._pin(name, XDP))
 
+    def require_changeable(self, name: str) -> None:
+        """Raise what the last step of a detach would, before the first: what is taken off until then opens the fence.
+
+        A clsact filter and a cgroup's slot go without a word from the bpffs, whose pins may not go (read-only).
+        """
+        if not any(self._pin(name, hook).exists() for hook in (MAIN, INBOUND, QDISC, XDP, *CGROUP_PROGRAMS)):
+            return  # an attach that the bpffs refused is taken back
+        try:
+            os.utime(self._directory)
+        except OSError as error:
+            raise explain(f"detach {name}: change {self._directory}", error, "make it writable") from error
+
     def detach_interface(self, target: InterfaceTarget, name: str) -> None:
         """Take all programs off; idempotent."""
         xdp.detach(self._pin(name, XDP))
         if self._tcx:
-            for hook in (MAIN, INBOUND):
+            for hook in (MAIN, f"{MAIN}_new", INBOUND):
                 tcx.detach(self._pin(name, hook))
             return
         for direction in Direction:
             clsact.detach(target.ifindex, side_of(direction), self._pin(name, QDISC))
-        for mark in (MAIN, f"{MAIN}_new"):
-            self._pin(name, mark).unlink(missing_ok=True)
+        for pin in (self._pin(name, MAIN), self._pin(name, f"{MAIN}_new")):
+            if pin.exists():  # a read-only bpffs refuses to remove what is not there, too
+                pin.unlink()
+        clsact.forget(self._pin(name, QDISC))
 
     @contextlib.contextmanager
     def cgroup_storage(self, target: CgroupTarget) -> Iterator[None]:
@@ -159,16 +177,17 @@ class Hooks:
             for pin in (self._pin(name, hook), self._pin(name, f"{hook}_new")):
                 cgroup.detach(pin)
 
-    def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
-        """Put the program that notes connections begun from outside onto the opposite hook."""
+    def attach_inbound(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> bool:
+        """Have the program that notes connections begun from outside on the opposite hook; False when it was not."""
         if isinstance(target, CgroupTarget):
-            self._put_back_cgroup(target, name, INBOUND, "nf_cgroup_inbound", "ingress")
-            return
-        side = side_of(direction or Direction.WORKLOAD).opposite
+            return self._put_back_cgroup(target, name, INBOUND, "nf_cgroup_inbound", "ingress")
+        side, program = side_of(direction or Direction.WORKLOAD).opposite, "nf_tc_inbound"
         if self._tcx:
-            self._put_back_tcx(target, side, name, INBOUND, "nf_tc_inbound")
-        else:
-            clsact.attach(self._programs["nf_tc_inbound"], target.ifindex, target.name, side, self._pin(name, QDISC))
+            return self._put_back_tcx(target, side, name, INBOUND, program)
+        there = clsact.attached(target.ifindex, side)
+        if there != self._ids[program]:
+            clsact.attach(self._programs[program], target.ifindex, target.name, side, self._pin(name, QDISC))
+        return there is not None
 
     def in_front(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> list[str]:
         """Describe the foreign programs that see packets before ours."""
@@ -179,6 +198,18 @@ class Hooks:
         ours = links.prog_info(self._programs["nf_tc"]).id
         module = tcx if self._tcx else clsact
         return [str(one) for one in module.in_front(target.ifindex, side_of(direction or Direction.WORKLOAD), ours)]
+
+    def move_ahead(self, target: InterfaceTarget | CgroupTarget, direction: Direction | None, name: str) -> None:
+        """Put ours in front of the foreign programs that it can pass: of a cgroup's none, they cannot pass for it."""
+        if isinstance(target, CgroupTarget):
+            return
+        side, program = side_of(direction or Direction.WORKLOAD), self._programs["nf_tc"]
+        if not self._tcx:
+            clsact.move_ahead(program, target.ifindex, target.name, side)
+            return
+        pin, fresh = self._pin(name, MAIN), self._pin(name, f"{MAIN}_new")
+        if tcx.attached(pin, target.ifindex, side):
+            tcx.move_ahead(program, target.ifindex, target.name, side, pin, fresh)
 
     def of_others(self) -> set[str]:
         """Return the names of attachments of which a hook runs another build's program."""

@@ -91,8 +91,9 @@ class DataPlane:
         self._free = set(range(1, min(layout.constants["SLOTS"], MAX_ATTACHMENTS + 1)))
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dataplane")
         self._to_release: list[int] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._inbound_hooks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._inbound_hooks: dict[str, asyncio.Task[bool]] = {}
+        self._inbound_failures: dict[str, str] = {}  # by attachment, as last told
         self._dead: dict[int, set[bytes]] = {}
         self._scanned = float("-inf")
         self._scan_lock = asyncio.Lock()
@@ -102,6 +103,7 @@ class DataPlane:
         self.kernel_release = os.uname().release
         self._dirty: set[int] = set()
         self._xdp: set[int] = set()  # slots whose interface has XDP too
+        self._replies: set[int] = set()  # slots that have the inbound hook too
         for slot in range(1, layout.constants["SLOTS"]):
             # Before any index is made ready: what a daemon before us put in force must not be emptied.
             self._rules.claim(SlotWord.decode(self.config.word(slot), layout).index)
@@ -221,8 +223,7 @@ class DataPlane:
         except BaseException:
             await self._undo(slot, target, name)
             raise
-        if static.replies != "off":
-            self._inbound_hooks[name] = self._spawn(self._attach_inbound(target, direction, name), f"inbound {name}")
+        self._begin_inbound(slot, target, direction, name)
         return mechanism
 
     async def restore(self, slot: int, target: Target, static: Static, direction: Direction | None, name: str) -> bool:
@@ -234,13 +235,25 @@ class DataPlane:
         self._write_maps(slot, static, name, word=False)
         if not isinstance(target, CgroupTarget):
             self._set_interface(target.ifindex, slot)
-        whole = await self.put_back(slot, target, direction, name)
-        if static.replies != "off":
-            self._inbound_hooks[name] = self._spawn(self._attach_inbound(target, direction, name), f"inbound {name}")
+        whole = await self._put_back(slot, target, direction, name)
+        self._begin_inbound(slot, target, direction, name)
         return whole
 
     async def put_back(self, slot: int, target: Target, direction: Direction | None, name: str) -> bool:
-        """Attach what somebody took away of an attachment's hooks; False when something had to be put back."""
+        """Attach what somebody took away of an attachment's hooks; False when the target was open without it.
+
+        That it was not without the inbound hook; whether that comes back is told here.
+        """
+        whole = await self._put_back(slot, target, direction, name)
+        if slot in self._replies:
+            if (pending := self._inbound_hooks.get(name)) is not None:
+                await asyncio.wait([pending])
+            if not await self._attach_inbound(target, direction, name) and name not in self._inbound_failures:
+                effect = "answers on new connections from outside were dropped meanwhile"
+                log.warning("inbound_hook_put_back", attachment=name, effect=effect)
+        return whole
+
+    async def _put_back(self, slot: int, target: Target, direction: Direction | None, name: str) -> bool:
         if isinstance(target, CgroupTarget):
             return await self._run(lambda: self._put_back_cgroup(slot, target, name))
         side = direction or Direction.WORKLOAD
@@ -252,6 +265,7 @@ class DataPlane:
         pending = self._inbound_hooks.pop(name, None)
         if pending is not None:
             await asyncio.wait([pending])
+        await self._run(lambda: self._hooks.require_changeable(name))
         index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
         if isinstance(target, CgroupTarget):
             # Storage outlives the links and would come back with the next attach: back to start_mode first.
@@ -263,6 +277,7 @@ class DataPlane:
         self._slots[slot] = SlotWord(mode=self._start_mode)
         self._write_word(slot, self._slots[slot])
         await self._run(lambda: self._clear(slot))
+        self._inbound_failures.pop(name, None)
         if index:
             self._give_back(index)
 
@@ -304,6 +319,18 @@ class DataPlane:
     def front(self, target: Target, direction: Direction | None, name: str) -> list[str]:
         """Describe foreign programs that see packets before ours and could pass them around us. Blocks."""
         return self._hooks.in_front(target, direction, name)
+
+    async def move_ahead(self, target: Target, direction: Direction | None, name: str) -> list[str]:
+        """Put ours in front of foreign programs, where it can be; return what is in front of it still.
+
+        Our program judges every packet meanwhile, and may count one twice. Raises NetfenceError, with all as it was.
+        """
+
+        def work() -> list[str]:
+            self._hooks.move_ahead(target, direction, name)
+            return self._hooks.in_front(target, direction, name)
+
+        return await self._run(work)
 
     # -- policy -----------------------------------------------------------------------------------------------------
 
@@ -452,6 +479,7 @@ class DataPlane:
             self._write_word(slot, self._slots[slot])
         self.config.write(slot, static, name)
         (self._xdp.add if static.xdp else self._xdp.discard)(slot)
+        (self._replies.discard if static.replies == "off" else self._replies.add)(slot)
         self._longest[slot] = (static.established_idle_s, static.established_max_s)
         key = self._endpoint.pack(kernel_address(static.dns_address), network_port(static.dns_port))
         self._loaded.maps["dns_endpoints"].update(key, u32(slot))
@@ -471,6 +499,7 @@ class DataPlane:
         self._counters.clear(slot)
         self.config.clear(slot)
         self._xdp.discard(slot)
+        self._replies.discard(slot)
         self._longest.pop(slot, None)
         self._dirty.discard(slot)
 
@@ -515,11 +544,23 @@ class DataPlane:
             # What is left judges by start_mode; the slot stays taken as long as the daemon runs.
             log.exception("attach_not_undone", attachment=name, error=str(error))
 
-    async def _attach_inbound(self, target: Target, direction: Direction | None, name: str) -> None:
+    def _begin_inbound(self, slot: int, target: Target, direction: Direction | None, name: str) -> None:
+        """Attach the inbound program behind the caller's back, where replies are not off: the fence holds without."""
+        pending = self._inbound_hooks.get(name)
+        if slot in self._replies and (pending is None or pending.done()):
+            self._inbound_hooks[name] = self._spawn(self._attach_inbound(target, direction, name), f"inbound {name}")
+
+    async def _attach_inbound(self, target: Target, direction: Direction | None, name: str) -> bool:
+        """Have the inbound program in place; False when it was not. The same failure is told once, however often."""
         try:
-            await self._run(lambda: self._hooks.attach_inbound(target, direction, name))
+            there = await self._run(lambda: self._hooks.attach_inbound(target, direction, name))
         except Exception as error:  # noqa: BLE001 - the fence holds without it; replies do not pass
-            log.warning("inbound_hook_failed", attachment=name, error=str(error), effect="replies are dropped")
+            if self._inbound_failures.get(name) != str(error):
+                log.warning("inbound_hook_failed", attachment=name, error=str(error), effect="replies are dropped")
+            self._inbound_failures[name] = str(error)
+            return False
+        self._inbound_failures.pop(name, None)
+        return there
 
     def _write_word(self, slot: int, state: SlotWord) -> None:
         self.config.switch(slot, state.encode(self._loaded.layout))
@@ -540,13 +581,13 @@ class DataPlane:
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background_work_failed", task=task.get_name(), error=str(error))

@@ -2,15 +2,16 @@
 
 The filter stays when the daemon dies, but anyone's `tc qdisc del` removes it: `watch` reports that (HookGone) and the
 daemon puts it back. Ours is known by handle and name; priority 1 wherever that is free or holds `bpf` filters, else the
-lowest that is. Within one priority the kernel runs the newest filter first. We pass with TC_ACT_UNSPEC (-1).
+lowest that is. Within one priority the kernel runs the newest filter first: who comes later stands before us, until
+`move_ahead` (decision 0020). We pass with TC_ACT_UNSPEC (-1).
 
 The qdisc may belong to others: it is removed only when we made it (`marker`, a directory on the bpffs: it lives exactly
-as long as pins do) and no filter is left in it.
+as long as pins do) and no filter is left in it. One that others use when the attachment ends is theirs from then on
+(`forget`): nobody would come back for it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -27,6 +28,7 @@ from netfence.errors import PreconditionError
 
 MECHANISM = "clsact"
 HANDLE = 0x6E66  # "nf": ours among the filters of one priority
+_STAND_IN = HANDLE + 1  # ours as well, while the other moves
 NAME = "netfence"
 
 _TCMSG = struct.Struct("=BxxxiIII")  # family, ifindex, handle, parent, info (priority << 16 | protocol)
@@ -54,7 +56,7 @@ class _Filter:
 
     @property
     def ours(self) -> bool:
-        return (self.kind, self.handle, self.name) == ("bpf", HANDLE, NAME)
+        return self.kind == "bpf" and self.handle in (HANDLE, _STAND_IN) and self.name == NAME
 
 
 def attach(prog_fd: int, ifindex: int, name: str, side: Side, marker: Path) -> None:
@@ -71,14 +73,45 @@ def attach(prog_fd: int, ifindex: int, name: str, side: Side, marker: Path) -> N
             try:
                 if made:
                     marker.mkdir(mode=0o700, exist_ok=True)
-                priority = _choose_priority(_filters(netlink, ifindex, side))
-                _put_filter(netlink, ifindex, side, priority, prog_fd)
+                filters = _filters(netlink, ifindex, side)
+                _put_filter(netlink, ifindex, side, _choose_priority(filters), prog_fd)
+                for left in filters:
+                    if left.ours and left.handle == _STAND_IN:  # of a daemon that was killed while it moved
+                        _delete_filter(netlink, ifindex, side, left)
             except OSError:
                 if made:
                     _remove_qdisc(netlink, ifindex, marker)
                 raise
     except OSError as error:
         raise explain(what, error) from error
+
+
+def move_ahead(prog_fd: int, ifindex: int, name: str, side: Side) -> None:
+    """Put our filter, which is attached, in front of all that it can pass; every packet meets it, some twice.
+
+    It cannot pass filters of other kinds that have a lower priority, nor tcx programs. Raises what `attach` raises.
+    """
+    try:
+        with Rtnl() as netlink:
+            filters = _filters(netlink, ifindex, side)
+            priority = _choose_priority([found for found in filters if not found.ours])
+            if not any(found.priority >= priority for found in _before_ours(filters)):
+                return
+            _put_filter(netlink, ifindex, side, priority, prog_fd, _STAND_IN)
+            for found in filters:
+                if found.ours and (found.handle, found.priority) != (_STAND_IN, priority):
+                    _delete_filter(netlink, ifindex, side, found)
+            _put_filter(netlink, ifindex, side, priority, prog_fd)
+            for found in _filters(netlink, ifindex, side):
+                if found.ours and found.handle == _STAND_IN:
+                    _delete_filter(netlink, ifindex, side, found)
+    except OSError as error:
+        raise explain(f"move clsact {side} on {name} ahead", error) from error
+
+
+def _before_ours(filters: list[_Filter]) -> list[_Filter]:
+    chain = [found for found in filters if found.chain == 0]
+    return chain[: next((at for at, found in enumerate(chain) if found.ours), len(chain))]
 
 
 def detach(ifindex: int, side: Side, marker: Path) -> bool:
@@ -92,10 +125,16 @@ def detach(ifindex: int, side: Side, marker: Path) -> bool:
                 _remove_qdisc(netlink, ifindex, marker)
     except OSError as error:
         if error.errno == errno.ENODEV:
-            _forget(marker)
+            forget(marker)
             return False
         raise explain(f"detach clsact {side} of interface {ifindex}", error) from error
     return bool(ours)
+
+
+def forget(marker: Path) -> None:
+    """Leave the qdisc to those who use it, at the end of an attachment; idempotent."""
+    if marker.is_dir():  # a read-only bpffs refuses to remove what is not there, too
+        marker.rmdir()
 
 
 def attached(ifindex: int, side: Side) -> int | None:
@@ -162,12 +201,7 @@ def _remove_qdisc(netlink: Rtnl, ifindex: int, marker: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.EINVAL):  # gone already, or replaced by another kind
             raise
-    _forget(marker)
-
-
-def _forget(marker: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        marker.rmdir()
+    forget(marker)
 
 
 def _choose_priority(filters: list[_Filter]) -> int:
@@ -186,7 +220,7 @@ def _choose_priority(filters: list[_Filter]) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _put_filter(netlink: Rtnl, ifindex: int, side: Side, priority: int, prog_fd: int) -> None:
+def _put_filter(netlink: Rtnl, ifindex: int, side: Side, priority: int, prog_fd: int, handle: int = HANDLE) -> None:
     options = rtnl.nested(
         _TCA_OPTIONS,
         rtnl.attribute(_BPF_FD, struct.pack("=I", prog_fd)),
@@ -194,7 +228,7 @@ def _put_filter(netlink: Rtnl, ifindex: int, side: Side, priority: int, prog_fd:
         rtnl.attribute(_BPF_FLAGS, struct.pack("=I", _FLAG_DIRECT_ACTION)),
         rtnl.attribute(_BPF_FLAGS_GEN, struct.pack("=I", _FLAG_SKIP_HW)),
     )
-    head = _TCMSG.pack(0, ifindex, HANDLE, PARENT[side], priority << 16 | _PROTOCOL_ALL)
+    head = _TCMSG.pack(0, ifindex, handle, PARENT[side], priority << 16 | _PROTOCOL_ALL)
     kind = rtnl.attribute(_TCA_KIND, b"bpf\0")
     netlink.request(rtnl.RTM_NEWTFILTER, head + kind + options, rtnl.NLM_F_CREATE)
 

@@ -1,12 +1,14 @@
 """Attach to an interface through a pinned tcx link (kernel >= 6.6).
 
 Our program stands first in the chain (BPF_F_BEFORE) and passes with TCX_NEXT (-1), so that others behind us still run.
+Whoever comes later with BPF_F_BEFORE stands before us; `move_ahead` passes them (decision 0020).
 The link is pinned before `attach` returns: it outlives the daemon; an unpinned one would open the fence at a crash.
 Attach and detach wait for RCU, about 16 ms each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 from netfence.dataplane import links
 from netfence.dataplane.failure import explain
 from netfence.dataplane.hooks.chain import Foreign, Side, before
+from netfence.dataplane.hooks.standin import stand_ins
 from netfence.dataplane.links import AttachType
 
 MECHANISM = "tcx"
@@ -53,6 +56,38 @@ def replace(pin: Path, new_prog_fd: int) -> None:
         raise explain(f"replace the program of the link pinned at {pin}", error) from error
     finally:
         os.close(link_fd)
+
+
+def move_ahead(prog_fd: int, ifindex: int, name: str, side: Side, pin: Path, fresh: Path) -> None:
+    """Put our attached program in front of all others again; every packet meets it meanwhile, some twice.
+
+    `fresh` is where the new link is pinned before it takes the place of `pin`. A chain takes a program only once, and
+    a link never moves: so stand-ins hold the new place and then the old one. On failure all is as it was; of a daemon
+    that is killed in between both pins may be left, and what stands in for ours drops: whoever finds that (`attached`,
+    another program than ours) detaches `fresh`, then replaces.
+    """
+    what = f"move tcx {side} on {name} ahead"
+    try:
+        with contextlib.ExitStack() as stack:
+            first, last = stack.enter_context(stand_ins(prog_fd, 2))
+            old = links.obj_get(pin)
+            stack.callback(os.close, old)
+            new = links.link_create_tcx(first, ifindex, _ATTACH_TYPE[side], before=True)
+            stack.callback(os.close, new)
+            links.link_update(old, last)
+            try:
+                links.link_update(new, prog_fd)
+                links.obj_pin(new, fresh)
+                fresh.rename(pin)
+            except OSError:
+                if fresh.exists():
+                    fresh.unlink()
+                links.link_detach(new)
+                links.link_update(old, prog_fd)
+                raise
+            links.link_detach(old)
+    except OSError as error:
+        raise explain(what, error) from error
 
 
 def detach(pin: Path) -> bool:
