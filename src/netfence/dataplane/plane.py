@@ -144,6 +144,8 @@ class DataPlane:
             message = f"attach: {MAX_ATTACHMENTS} attachments are the limit of one daemon; detach something"
             raise ExhaustedError(message)
         slot = min(self._free)
+        # Not at the detach: one that is cut short is undone, and then counts go on.
+        self._counters.clear(slot)
         self._free.discard(slot)
         return slot
 
@@ -496,7 +498,6 @@ class DataPlane:
         self._leases.clear(slot)
         self._inbound.sweep(0, 0, 0, slot=slot)
         self._seen.clear(slot)
-        self._counters.clear(slot)
         self.config.clear(slot)
         self._xdp.discard(slot)
         self._replies.discard(slot)

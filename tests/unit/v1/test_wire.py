@@ -223,7 +223,9 @@ MESSAGES = {
         "uptime": (100, DURATION),
         "kernel_release": (101, "string"),
         "features": (102, METADATA),
+        "config": (103, "map<string, ConfigValue>"),
     },
+    "ConfigValue": {"json": (1, "string"), "source": (2, "string")},
     "WatchRequest": {"id": (1, "string"), "verdicts": (2, "repeated string")},
     "FlowEvent": {
         "time": (1, TIMESTAMP),

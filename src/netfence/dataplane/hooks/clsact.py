@@ -3,7 +3,7 @@
 The filter stays when the daemon dies, but anyone's `tc qdisc del` removes it: `watch` reports that (HookGone) and the
 daemon puts it back. Ours is known by handle and name; priority 1 wherever that is free or holds `bpf` filters, else the
 lowest that is. Within one priority the kernel runs the newest filter first: who comes later stands before us, until
-`move_ahead` (decision 0020). We pass with TC_ACT_UNSPEC (-1).
+`move_ahead` (decision 0021). We pass with TC_ACT_UNSPEC (-1).
 
 The qdisc may belong to others: it is removed only when we made it (`marker`, a directory on the bpffs: it lives exactly
 as long as pins do) and no filter is left in it. One that others use when the attachment ends is theirs from then on

@@ -1,7 +1,7 @@
 """Attach to an interface through a pinned tcx link (kernel >= 6.6).
 
 Our program stands first in the chain (BPF_F_BEFORE) and passes with TCX_NEXT (-1), so that others behind us still run.
-Whoever comes later with BPF_F_BEFORE stands before us; `move_ahead` passes them (decision 0020).
+Whoever comes later with BPF_F_BEFORE stands before us; `move_ahead` passes them (decision 0021).
 The link is pinned before `attach` returns: it outlives the daemon; an unpinned one would open the fence at a crash.
 Attach and detach wait for RCU, about 16 ms each.
 """
