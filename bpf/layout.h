@@ -33,6 +33,7 @@
 #define NF_ACTIVE_LEASES 67108864 /* bit 26: the slot may have leases */
 #define NF_ACTIVE_AUDIT 134217728 /* bit 27: count, do not drop */
 #define NF_ACTIVE_START 268435456 /* bit 28: no policy yet: start_mode */
+/* bit 63: the daemon's own (dataplane/slotword.py): the policy is not stored yet; no program looks at it */
 
 /* `flags`: what does not change with the policy. */
 #define NF_FLAG_L3 1           /* no Ethernet header (tun, wireguard) */

@@ -16,6 +16,8 @@ from harness.agent import Agent
 from harness.cgroup import Cgroup
 from harness.fresh import Fresh
 from harness.packets import UDP4
+from netfence.dataplane.links import obj_pin
+from netfence.dataplane.maps import Map, MapSpec, MapType
 
 pytestmark = pytest.mark.userspace
 
@@ -70,9 +72,10 @@ def a_socket_in_use(daemon: Fenced) -> Iterator[str]:
 @contextmanager
 def pins_of_nobody(daemon: Fenced) -> Iterator[str]:
     stranger = daemon.pins / "links" / "stranger-main"
-    stranger.mkdir()
+    with closing(Map.create(MapSpec("stranger", MapType.HASH, 4, 4, 1))) as made:
+        obj_pin(made.fd, stranger)
     yield "stranger is one); they stay in force"
-    stranger.rmdir()
+    stranger.unlink()
 
 
 def broken(code: str, says: str) -> Way:
