@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from crash import RECORDS, Fleet
+from harness.deadline import SLOWNESS
 from harness.fresh import Fresh
 
 pytestmark = pytest.mark.userspace
@@ -40,7 +41,7 @@ def _run(fresh: Fresh, directory: Path, cycles: int, tell: Tell, *, tcx: bool) -
     tell("start_s", round(statistics.median(fleet.starts), 3))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(120 * SLOWNESS)  # both together four minutes of ci/test at most
 @pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
 def test_killed_again_and_again(fresh: Fresh, tmp_path: Path, record_property: Tell, *, tcx: bool) -> None:
     _run(fresh, tmp_path / "daemon", 10, record_property, tcx=tcx)

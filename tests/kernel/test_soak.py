@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import statistics
+import struct
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -19,24 +21,44 @@ from crash import RECORDS, Fleet
 from harness.deadline import wait_for
 from harness.fresh import Fresh
 from netfence.dataplane.maps import Map
+from netfence.dataplane.sysbpf import Cmd, call
 
 pytestmark = [pytest.mark.nightly, pytest.mark.userspace]
 
 SOAK_S = float(os.environ.get("NETFENCE_SOAK_S") or 1800)
 SAMPLES = 30
 MEMORY_SLACK = 1.05
+NEXT_ID = {"programs": Cmd.PROG_GET_NEXT_ID, "maps": Cmd.MAP_GET_NEXT_ID, "links": Cmd.LINK_GET_NEXT_ID}
+EXACT = ("pins", "tables", "dns_endpoints", "if_slot", "inbound", "descriptors", *NEXT_ID)
 
 Tell = Callable[[str, object], None]
 
 
 def _kernel_objects(pins: Path) -> dict[str, int]:
-    """Count what keeps the daemon's objects in the kernel, beside its descriptors: pins, and tables in maps of maps."""
+    """Count what there is in the kernel: pins, tables in maps of maps, entries; programs, maps and links of anybody."""
     (maps,) = pins.glob("maps-*")
     tables = 0
     for name in ("rules4", "rules6"):
         with closing(Map.pinned(maps / name)) as outer:
             tables += sum(outer.lookup(index) is not None for index in outer.keys())  # noqa: SIM118 - a Map is no dict
-    return {"pins": sum(1 for _ in pins.rglob("*")), "tables": tables}
+    found = {"pins": sum(1 for _ in pins.rglob("*")), "tables": tables}
+    for name in ("dns_endpoints", "if_slot", "inbound"):
+        with closing(Map.pinned(maps / name)) as entries:
+            found[name] = sum(1 for _ in entries.keys())  # noqa: SIM118 - the same
+    return found | {kind: _number_of(command) for kind, command in NEXT_ID.items()}
+
+
+def _number_of(command: Cmd) -> int:
+    """Count all programs, maps or links of the kernel; nothing else runs beside a nightly test."""
+    last = count = 0
+    while True:
+        attr = ctypes.create_string_buffer(struct.pack("=III", last, 0, 0), 12)
+        try:
+            call(command, attr)
+        except FileNotFoundError:
+            return count
+        _, last, _ = struct.unpack("=III", attr.raw)
+        count += 1
 
 
 def _sample(fleet: Fleet) -> dict[str, int]:
@@ -73,7 +95,7 @@ def test_nothing_grows(fresh: Fresh, tmp_path: Path, record_property: Tell, *, t
     record_property("cycles", len(fleet.story))
     for what in samples[0]:
         record_property(what, [sample[what] for sample in samples])
-    for what in ("pins", "tables", "descriptors"):
+    for what in EXACT:
         assert max(one[what] for one in last) <= max(one[what] for one in first), (what, samples)
     before, after = (statistics.median(one["memory_kb"] for one in part) for part in (first, last))
     assert after <= before * MEMORY_SLACK, samples
