@@ -14,6 +14,7 @@ of the loop has paid for the last one. Knows nothing of what is read or done.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import time
 from collections import deque
@@ -55,7 +56,11 @@ ASKING_S: Final = 0.25
 """How long who has asked counts as asking: beyond it the queue may have all of the loop."""
 
 NORM_S: Final = 0.0003
-"""Time of the loop that one piece of work may take and cost nothing: twice that of a usual answer."""
+"""Time of the loop's thread that one piece of work may take and cost nothing: twice that of a usual answer, on the
+machine where `PACE_S` was measured; elsewhere as much longer as `pace` says."""
+
+PACE_S: Final = 0.00006
+"""What the loop of `pace` takes there."""
 
 LANE_SHARE: Final = 0.2
 """Of the loop's time, what all those together have in the lane whose pieces take longer than `NORM_S`."""
@@ -75,6 +80,18 @@ Work = Callable[[], bool]
 """One slice of what waits; tells whether there is more."""
 
 
+@functools.cache
+def pace() -> float:
+    """Return how many times as long Python takes on this machine as where `PACE_S` was measured, 1 at least."""
+    octets, taken = bytes(512), []
+    for _ in range(10):
+        began = time.thread_time()
+        for at in range(300):
+            int.from_bytes(octets[at : at + 2])
+        taken.append(time.thread_time() - began)
+    return max(min(taken) / PACE_S, 1.0)
+
+
 class Turns:
     """Who waits for a slice. One for all servers of an event loop; use it only there.
 
@@ -86,6 +103,7 @@ class Turns:
     ) -> None:
         self.clock = clock
         self._busy_clock = busy
+        self._norm_s = NORM_S * pace()
         self._waiting: deque[tuple[object, Work]] = deque()
         self._last: object = None  # who asked last without having to wait, and when
         self._last_at = self._other_at = float("-inf")  # and when somebody else did
@@ -136,15 +154,19 @@ class Turns:
         self._debts.pop(owner, None)
 
     def _do(self, owner: object, work: Callable[[], None], began: float) -> None:
+        if not self._others_ask(owner, began):  # the thread's clock is a system call
+            work()
+            return
         outer, self._within = self._within, 0.0
+        busy = self._busy_clock()
         try:
             work()
         finally:
-            now = self.clock()
-            took = now - began
-            over = took - self._within - NORM_S
+            took = self._busy_clock() - busy
+            over = took - self._within - self._norm_s
             self._within = outer + took
-            if over > 0 and self._others_ask(owner, began):
+            if over > 0:
+                now = self.clock()
                 self._debts = {one: until for one, until in self._debts.items() if until > now}
                 until = max(self._debts.get(owner, now), now) + over * (len(self._debts) + 1) / LANE_SHARE
                 self._debts[owner] = min(until, now + MOST_DEBT_S)

@@ -39,6 +39,7 @@ class Bench:
     def __init__(self) -> None:
         self.clock, self.busy = Clock(), Clock()
         self.turns = Turns(self.clock, self.busy)
+        self.turns._norm_s = NORM_S  # whatever machine this is
         self.done: list[str] = []
 
     def work(self, name: str, slices: int, cost_s: float = 0.0) -> Callable[[], bool]:
@@ -241,6 +242,7 @@ def piece(bench: Bench, name: str, cost_s: float) -> Callable[[], None]:
     def work() -> None:
         bench.done.append(name)
         bench.clock.now += cost_s
+        bench.busy.now += cost_s
 
     return work
 
@@ -284,6 +286,25 @@ def test_who_takes_long_while_others_ask_waits_until_it_is_paid_for() -> None:
         assert bench.done[-1] == "third"
 
     run(go())
+
+
+def test_time_that_other_processes_take_costs_nobody() -> None:
+    bench = Bench()
+
+    def preempted() -> None:
+        bench.done.append(MINE)
+        bench.clock.now += 1.0
+
+    for _ in range(3):
+        asked_by_others(bench)
+        assert bench.turns.run(MINE, preempted)
+    assert len(bench.done) == 3
+
+
+def test_a_slow_machine_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= turns_module.pace() < 100
+    monkeypatch.setattr(turns_module, "pace", lambda: 3.0)
+    assert Turns()._norm_s == pytest.approx(3 * NORM_S)
 
 
 def test_alone_nobody_waits() -> None:
