@@ -364,11 +364,14 @@ class Lifecycle:
                 # A store that takes nothing is heard of here, while the leases are still in the kernel.
                 counts = (live.attachment.queries_allowed, live.attachment.queries_blocked)
                 await parts.store.save_counters({row.id: counts})
-            await self._unhook(live)
+            await parts.plane.unhook(row.slot, live.target, row.id)
+            live.hooked = False
             await parts.store.remove(row.id)
         except BaseException:
             await self._keep(live, reason, whole=whole)
             raise
+        # Behind the row: of one that is cut short and undone, leases and counts go on.
+        await _undo(lambda: parts.plane.clear(row.slot), "clear the slot")
         await _undo(live.server.close, "close the DNS server")
         await _undo(lambda: parts.endpoints.release(live.endpoint), "release the DNS endpoint")
         parts.plane.free_slot(row.slot)

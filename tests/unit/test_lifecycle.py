@@ -63,6 +63,7 @@ class FakePlane:
         self.forgotten: list[tuple[int, int]] = []
         self.unsure: set[int] = set()  # slots whose policy is not stored
         self.xdp: set[str] = set()  # attachments that have XDP too
+        self.cleared: list[int] = []
         self.unclaimed: set[int] = set()  # slots that were nobody's once all was restored
         self.known: dict[str, Policy] = {}  # what the kernel remembers of attachments
         self.before_ours = ["somebody"]
@@ -136,11 +137,19 @@ class FakePlane:
         return True
 
     async def detach(self, slot: int, target: Target, name: str) -> None:
+        await self.unhook(slot, target, name)
+        await self.clear(slot)
+
+    async def unhook(self, slot: int, target: Target, name: str) -> None:
         await asyncio.sleep(0)
         self._called(f"detach {key_of(target)[1]}")
         self._called("detach")
         self.hooked.pop(name, None)
         self.policies.pop(slot, None)
+
+    async def clear(self, slot: int) -> None:
+        assert slot not in self.policies  # its hooks are off
+        self.cleared.append(slot)
 
     def forget_interface(self, slot: int, ifindex: int) -> None:
         self.forgotten.append((slot, ifindex))
@@ -428,13 +437,13 @@ def test_a_detach_that_fails_half_way_puts_hooks_and_policy_back(tmp_path: Path)
     async def work(bench: Bench) -> None:
         live = await bench.attach()
         policy = live.attachment.policy
-        detach = bench.plane.detach
+        unhook = bench.plane.unhook
 
         async def half(*arguments: Any) -> None:
-            await detach(*arguments)
+            await unhook(*arguments)
             raise NetfenceError("device busy")
 
-        bench.plane.detach = half  # type: ignore[method-assign,assignment]
+        bench.plane.unhook = half  # type: ignore[method-assign,assignment]
         with pytest.raises(NetfenceError, match="device busy"):
             await bench.lifecycle.detach(live.row.id)
         assert set(bench.plane.hooked) == {live.row.id}
@@ -442,8 +451,10 @@ def test_a_detach_that_fails_half_way_puts_hooks_and_policy_back(tmp_path: Path)
         assert bench.watch.targets == {key_of(live.target)}
         assert bench.lifecycle.all() == [live]
         assert bench.plane.freed == []
-        bench.plane.detach = detach  # type: ignore[method-assign]
+        bench.plane.unhook = unhook  # type: ignore[method-assign]
+        assert bench.plane.cleared == []  # leases and counts go on
         await bench.lifecycle.detach(live.row.id)
+        assert bench.plane.cleared == [live.row.slot]
         await bench.nothing_is_left()
 
     on_bench(tmp_path, work)
@@ -467,6 +478,7 @@ def test_a_detach_that_the_store_refuses_leaves_the_fence_alone(tmp_path: Path) 
             assert bench.plane.policies == {live.row.slot: policy}
             assert bench.watch.targets == {key_of(live.target)}
             assert bench.lifecycle.all() == [live]
+            assert bench.plane.cleared == []
         await bench.lifecycle.detach(live.row.id)
         await bench.nothing_is_left()
 

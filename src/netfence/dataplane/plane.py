@@ -264,6 +264,11 @@ class DataPlane:
 
     async def detach(self, slot: int, target: Target, name: str) -> None:
         """Take the hooks off and clear all of the slot's map entries; idempotent, also where the target is gone."""
+        await self.unhook(slot, target, name)
+        await self.clear(slot)
+
+    async def unhook(self, slot: int, target: Target, name: str) -> None:
+        """Take the hooks off, and leave what the slot has: who dies now goes on with it. `clear` has to follow."""
         pending = self._inbound_hooks.pop(name, None)
         if pending is not None:
             await asyncio.wait([pending])
@@ -278,10 +283,13 @@ class DataPlane:
             self.forget_interface(slot, target.ifindex)
         self._slots[slot] = SlotWord(mode=self._start_mode)
         self._write_word(slot, self._slots[slot])
-        await self._run(lambda: self._clear(slot))
         self._inbound_failures.pop(name, None)
         if index:
             self._give_back(index)
+
+    async def clear(self, slot: int) -> None:
+        """Clear all of the map entries of a slot that has no hooks any more; idempotent."""
+        await self._run(lambda: self._clear(slot))
 
     async def finish_upgrade(self) -> set[str]:
         """Remove the pins of other builds, unless a hook runs a program of theirs: return the names of such."""
