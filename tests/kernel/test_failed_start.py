@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import netfence
 from daemons import Fenced, Start
 from harness.agent import Agent
 from harness.cgroup import Cgroup
+from harness.deadline import wait_for
 from harness.fresh import Fresh
 from harness.packets import UDP4
+from netfence.api.client import UnreachableError
 from netfence.dataplane.links import obj_pin
 from netfence.dataplane.maps import Map, MapSpec, MapType
 
@@ -142,3 +145,49 @@ def test_a_daemon_that_is_stopped_while_it_starts_takes_no_fence_off(fresh: Fres
     assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
     daemon.start()
     assert [info.id for info in daemon.attachments()] == [attached.id]
+
+
+ROW_STAYS = """
+import asyncio
+from netfence import store
+async def hang(*_): await asyncio.Event().wait()
+store.Store.remove = hang
+"""
+NAMED4 = "203.0.113.80"
+NAMES: dict[str, Any] = {"default": {"mode": "allowlist", "dns": {"mode": "allowlist", "allow": ["good.test"]}}}
+
+
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_a_detach_that_is_cut_short_is_undone_with_its_leases_and_counts(
+    fresh: Fresh, start: Start, *, tcx: bool
+) -> None:
+    topology = fresh.topology()
+    fresh.names(topology, f"good.test. 300 IN A {NAMED4}")
+    workload = topology.add_veth()
+    daemon = start(topology, policy=NAMES, tcx=tcx)
+    daemon.stop()
+    with broken(ROW_STAYS, "")(daemon), ThreadPoolExecutor(1) as pool:
+        daemon.start()
+        attached = daemon.attach(interface=workload.host_if)
+        with Agent(netns=workload.netns) as agent:
+            assert agent.query(attached.dns, "good.test").rr
+        assert topology.arrived(workload, UDP4, NAMED4) == 3
+        assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+        before = daemon.info(attached.id)
+        assert before.packets_blocked >= 3
+        cut = pool.submit(daemon.detach, attached.id)
+        wait_for(lambda: topology.arrived(workload, UDP4, OUTSIDE4) == 3, "the hooks to be off")
+        daemon.kill()
+        with pytest.raises(UnreachableError):
+            cut.result()
+    daemon.start()
+    after = daemon.info(attached.id)
+    assert after.packets_allowed >= before.packets_allowed
+    assert after.packets_blocked >= before.packets_blocked
+    assert topology.arrived(workload, UDP4, NAMED4) == 3
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 0
+    daemon.detach(attached.id)
+    assert topology.arrived(workload, UDP4, OUTSIDE4) == 3
+    again = daemon.attach(interface=workload.host_if)  # in the same slot, of which nothing is left
+    assert daemon.info(again.id).packets_blocked == 0
+    assert topology.arrived(workload, UDP4, NAMED4) == 0

@@ -273,7 +273,7 @@ class DataPlane:
         if pending is not None:
             await asyncio.wait([pending])
         await self._run(lambda: self._hooks.require_changeable(name))
-        index = SlotWord.decode(self.config.word(slot), self._loaded.layout).index
+        word = SlotWord.decode(self.config.word(slot), self._loaded.layout)
         if isinstance(target, CgroupTarget):
             # Storage outlives the links and would come back with the next attach: back to start_mode first.
             await self._run(lambda: self._set_cgroup(target, 0))
@@ -281,11 +281,11 @@ class DataPlane:
         else:
             await self._run(lambda: self._hooks.detach_interface(target, name))
             self.forget_interface(slot, target.ifindex)
-        self._slots[slot] = SlotWord(mode=self._start_mode)
+        self._slots[slot] = SlotWord(mode=self._start_mode, leases=word.leases)
         self._write_word(slot, self._slots[slot])
         self._inbound_failures.pop(name, None)
-        if index:
-            self._give_back(index)
+        if word.index:
+            self._give_back(word.index)
 
     async def clear(self, slot: int) -> None:
         """Clear all of the map entries of a slot that has no hooks any more; idempotent."""
