@@ -295,40 +295,31 @@ async def _end(daemon: Background, failure: UnavailableError) -> None:
         watcher.end(failure)
 
 
-@pytest.mark.parametrize("json_", [False, True], ids=["lines", "json"])
-def test_ctrl_c_ends_it_quietly(daemon: Background, *, json_: bool) -> None:
+def until_ctrl_c(daemon: Background, *views: FlowView, args: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Interrupt `watch` when it has shown all `views`; return its status, and what it printed besides."""
     command = subprocess.Popen(
-        [NETFENCED, "-s", daemon.path, "watch", *(["--json"] if json_ else [])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [NETFENCED, "-s", daemon.path, "watch", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        daemon.run(daemon.port.tell(PACKET))
+        daemon.run(daemon.port.tell(*views))
         assert command.stdout is not None
-        assert command.stdout.readline()
+        for _ in views:
+            assert command.stdout.readline()
         command.send_signal(signal.SIGINT)
         stdout, stderr = command.communicate(timeout=20)
     finally:
         command.kill()
         command.wait()
-    assert (command.returncode, stdout, stderr) == (0, "", "")
+    return command.returncode, stdout, stderr
+
+
+@pytest.mark.parametrize("json_", [False, True], ids=["lines", "json"])
+def test_ctrl_c_ends_it_quietly(daemon: Background, *, json_: bool) -> None:
+    assert until_ctrl_c(daemon, PACKET, args=("--json",) if json_ else ()) == (0, "", "")
 
 
 def test_ctrl_c_tells_what_was_lost_and_not_yet_told(daemon: Background) -> None:
-    command = subprocess.Popen(
-        [NETFENCED, "-s", daemon.path, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        daemon.run(daemon.port.tell(replace(PACKET, lost=3), replace(PACKET, lost=4), PACKET))
-        assert command.stdout is not None
-        for _ in range(3):
-            assert command.stdout.readline()
-        command.send_signal(signal.SIGINT)
-        _, stderr = command.communicate(timeout=20)
-    finally:
-        command.kill()
-        command.wait()
+    _, _, stderr = until_ctrl_c(daemon, replace(PACKET, lost=3), replace(PACKET, lost=4), PACKET)
     assert [int(line.split()[2]) for line in stderr.splitlines()] == [3, 4]
 
 

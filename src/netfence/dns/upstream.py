@@ -40,11 +40,9 @@ log = structlog.get_logger(__name__)
 class Resolver:
     """Asks upstreams; shared by all attachments of the daemon. Bound to the event loop that first uses it."""
 
-    def __init__(
-        self, settings: DnsSettings, clock: Callable[[], float] = time.monotonic, turns: Turns | None = None
-    ) -> None:
+    def __init__(self, settings: DnsSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.turns = turns or Turns()
+        self.turns = Turns()
         self.timeout_s = settings.timeout_s
         self.attempts = settings.attempts
         self.udp = UdpExchanger(settings.timeout_s)
